@@ -1,0 +1,168 @@
+"""The `cluscomp` command: compress, inspect, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from . import ClusCompQuantizationConfig
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status. Errors of the user end in one line, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"cluscomp {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"cluscomp {options.command}: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cluscomp", description="Compress language models to codes and codebooks, look into them, measure them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    compress = commands.add_parser("compress", help="make a compressed checkpoint of a dense model")
+    compress.add_argument("source", metavar="SRC", help="folder or hub id of the dense model")
+    compress.add_argument("target", metavar="OUT", help="folder to create")
+    compress.add_argument("--bits", type=float, help="true bits per weight that no matrix exceeds (default 4)")
+    compress.add_argument("--group-size", type=int, help="weights per code; with --num-clusters, instead of --bits")
+    compress.add_argument("--num-clusters", type=int, help="centroids per codebook")
+    compress.add_argument(
+        "--scales", action=argparse.BooleanOptionalAction, help="store a scale per channel (default: where it is cheap)"
+    )
+    compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
+    compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
+    compress.add_argument("--samples", type=int, default=128, help="calibration sequences of up to 2048 tokens")
+    compress.add_argument("--dtype", default="auto", help="of what stays dense (default: as in the checkpoint)")
+    compress.add_argument("--iterations", type=int, default=25, help="K-means iterations per matrix, at most")
+    compress.add_argument("--seed", type=int, default=0, help="of K-means")
+    compress.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    compress.set_defaults(run=_compress)
+
+    inspect = commands.add_parser("inspect", help="print what a compressed checkpoint holds")
+    inspect.add_argument("path", metavar="DIR", help="folder or hub id of a compressed model")
+    inspect.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    inspect.set_defaults(run=_inspect)
+
+    evaluate = commands.add_parser("evaluate", help="measure loss and true bits of a dense or compressed model")
+    evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model")
+    evaluate.add_argument("--data", metavar="FILE", required=True, help=".jsonl or .txt, also .xz")
+    evaluate.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
+    evaluate.add_argument("--max-tokens", type=int, help="stop after so many tokens of the text")
+    evaluate.add_argument("--seqlen", type=int, help="tokens of a window (default 2048, at most what the model takes)")
+    evaluate.add_argument("--dtype", default="auto", help="dtype to compute in (default: as in the checkpoint)")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from .hf.checkpoint import compress_checkpoint
+
+    config = ClusCompQuantizationConfig(
+        bits=options.bits,
+        group_size=options.group_size,
+        num_clusters=options.num_clusters,
+        scales=options.scales,
+        codebook_dtype=options.codebook_dtype,
+        seed=options.seed,
+        iterations=options.iterations,
+    )
+    summary = compress_checkpoint(
+        options.source,
+        options.target,
+        config,
+        calibration=options.calibration,
+        samples=options.samples,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, relative "
+        f"error {summary['relative_error']:.4f}, {summary['bytes'] / 1e6:.1f} MB of weight files, "
+        f"{summary['seconds']:.1f} s"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .hf.checkpoint import inspect_checkpoint, report_rows
+
+    matrices, totals = inspect_checkpoint(options.path)
+    if options.json:
+        print(json.dumps({"matrices": report_rows(matrices), "totals": totals}))
+        return
+    rows = [("matrix", "shape", "stored as", "true bits", "error")]
+    for entry in matrices:
+        shape = f"{entry.out_features} x {entry.in_features}"
+        rows.append((entry.name, shape, entry.spec, f"{entry.true_bits:.3f}", _number(entry.relative_error)))
+    rows.append(
+        (
+            f"{len(matrices)} matrices",
+            f"{totals['weights'] / 1e6:.2f} M",
+            f"{totals['clustered_bytes'] / 1e6:.2f} MB",
+            f"{totals['true_bits']:.3f}",
+            _number(totals["relative_error"]),
+        )
+    )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for number, row in enumerate(rows):
+        if number in (1, len(rows) - 1):
+            print("-" * (sum(widths) + 8))
+        left = [text.ljust(width) for text, width in zip(row[:3], widths, strict=False)]
+        right = [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
+        print("  ".join(left + right))
+    print(
+        f"weight files {totals['total_bytes'] / 1e6:.2f} MB, of which {totals['dense_bytes'] / 1e6:.2f} MB are "
+        "embeddings, norms and other tensors left dense"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .compress.calibration import read_documents, token_windows
+    from .hf.evaluate import evaluate
+
+    tokenizer = AutoTokenizer.from_pretrained(options.path)
+    documents = read_documents(options.data, tokenizer)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    seqlen = options.seqlen or min(2048, limit or 2048)
+    if limit is not None and seqlen > limit:
+        raise ValueError(f"--seqlen {seqlen} is more than the {limit} positions of the model; give at most {limit}.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    windows = token_windows(
+        documents, tokenizer, seqlen, max_tokens=options.max_tokens, vocab_size=vocabulary
+    )
+    if options.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, options.adapter)
+    result = evaluate(model, windows, progress=not options.json)
+    if options.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
+            f"{result.true_bits:.3f} true bits per weight"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Text in, token windows and activation statistics out.
+
+Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file, each
+also compressed with xz. They are tokenised, joined by the end-of-sequence token, and cut into windows that do not
+overlap, so that every token is read once.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..linear import is_dense_linear
+
+__all__ = ["input_second_moments", "read_documents", "token_windows"]
+
+
+def read_documents(path: str, tokenizer: Any = None) -> list[str]:
+    """The documents of a text file.
+
+    Args:
+        path (`str`): `.jsonl` or `.json` (a row a line) or any other name for plain text, one document; `.xz` may
+            follow.
+        tokenizer (*optional*): Its chat template renders `messages`.
+
+    Raises:
+        ValueError: If the file is missing, cut off or empty, or a row has none of the known fields.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file; give a .jsonl or .txt file, also compressed with .xz.")
+    opener = lzma.open if path.endswith(".xz") else open
+    name = path.removesuffix(".xz")
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if not name.endswith((".jsonl", ".json")):
+                documents = [file.read()]
+            else:
+                documents = [
+                    _document(line, tokenizer, f"{path}:{number}")
+                    for number, line in enumerate(file, 1)
+                    if line.strip()
+                ]
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it is damaged, cut off or not UTF-8 text.") from error
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"{path} holds no text.")
+    return documents
+
+
+def token_windows(
+    documents: list[str],
+    tokenizer: Any,
+    length: int,
+    *,
+    max_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> list[torch.Tensor]:
+    """Windows [1, ≤ length] of int64 tokens; the last one may be shorter, windows of one token are dropped.
+
+    Args:
+        documents (`list[str]`): Joined by the end-of-sequence token.
+        tokenizer: Of the model.
+        length (`int`): Tokens of a window, at least 2.
+        max_tokens (`int`, *optional*): Stop after so many tokens.
+        vocab_size (`int`, *optional*): Rows of the model's embedding; tokens beyond it are refused.
+
+    Raises:
+        ValueError: If there are too few tokens for one window of two, or one is out of range.
+    """
+    if length < 2:
+        raise ValueError(f"a window needs at least 2 tokens to predict one, got seqlen={length}.")
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+        if max_tokens is not None and len(tokens) >= max_tokens:
+            tokens = tokens[:max_tokens]
+            break
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens, at least 2 are needed.")
+    if vocab_size is not None and max(tokens) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(tokens)}, but the model has {vocab_size} embeddings; they do not belong "
+            "together."
+        )
+    stream = torch.tensor(tokens, dtype=torch.int64)
+    windows = [stream[start : start + length][None] for start in range(0, len(stream), length)]
+    return [window for window in windows if window.shape[1] > 1]
+
+
+def input_second_moments(model: nn.Module, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """E[x_i²] of the inputs of every dense linear layer, fp32 [in], over all tokens of `windows`.
+
+    Raises:
+        ValueError: If there are no windows, or an activation is NaN or infinite.
+    """
+    if not windows:
+        raise ValueError("calibration needs at least one window of tokens, got none.")
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    handles = []
+
+    def observe(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
+            sums[name] = sums.get(name, 0) + (x * x).sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if is_dense_linear(module):
+            handles.append(module.register_forward_pre_hook(observe(name)))
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for window in tqdm(windows, desc="Calibrating", unit="window", disable=None):
+                model(input_ids=window.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    moments = {name: (total / counts[name]).float() for name, total in sums.items()}
+    for name, moment in moments.items():
+        if not bool(torch.isfinite(moment).all()):
+            raise ValueError(
+                f"the inputs of {name} are NaN or infinite on the calibration text; the model overflows in "
+                f"{model.dtype}. Load it with dtype=torch.float32, or check the text."
+            )
+    return moments
+
+
+def _document(line: str, tokenizer: Any, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON ({error}).") from error
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+            return row["prompt"] + row["completion"]
+        messages = row.get("messages")
+        if isinstance(messages, list):
+            if getattr(tokenizer, "chat_template", None):
+                return tokenizer.apply_chat_template(messages, tokenize=False)
+            return "\n".join(f"{message['role']}: {message['content']}" for message in _turns(messages, where))
+    raise ValueError(f"{where} has none of `text`, `messages`, or `prompt` and `completion`.")
+
+
+def _turns(messages: list, where: str) -> Iterator[dict]:
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{where} has a message without `role` and `content`.")
+        yield message

@@ -1,0 +1,126 @@
+"""One dense layer in, one `ClusteredLinear` out.
+
+    scales        s_in, s_out = RMS of columns and rows, rounded to 16 bits         outlier channels come down to size
+    K-means       on V = W / (s_out · s_in), each vector weighted by s_in[i]² · E[x_i²]
+    packing       codes to b bits, codebook to its dtype
+
+A vector holds outputs of one input channel, so the error that its activation causes, E[x_i²] · |error|², is one scalar
+weight per vector: weighted K-means minimises the diagonal-Hessian error exactly, and the assignment is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..clustering import kmeans
+from ..codes import ClusterSpec, group, pack
+from ..linear import ClusteredLinear, weight_of
+
+__all__ = ["check_finite", "cluster_codes", "cluster_linear"]
+
+
+def cluster_linear(
+    module: nn.Module,
+    spec: ClusterSpec,
+    *,
+    codebook_dtype: torch.dtype = torch.float16,
+    importance: torch.Tensor | None = None,
+    iterations: int = 25,
+    seed: int = 0,
+    name: str = "weight",
+    progress: Callable[[int, float], None] | None = None,
+) -> ClusteredLinear:
+    """Clusters a dense linear layer.
+
+    Args:
+        module (`nn.Linear` or `Conv1D`): Left as it is; its bias is shared with the result.
+        spec ([`ClusterSpec`]): How to store the weight; `num_blocks` must be 1.
+        codebook_dtype (`torch.dtype`): Of codebook and scales.
+        importance (`torch.Tensor`, *optional*): [in], E[x_i²] of the layer's inputs.
+        iterations, seed, progress: See `cluscomp_peft.clustering.kmeans`.
+        name (`str`): What errors call the layer.
+
+    Raises:
+        ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold.
+    """
+    weight = weight_of(module).detach()
+    packed, codebook, scale_in, scale_out = cluster_codes(
+        weight,
+        spec,
+        codebook_dtype=codebook_dtype,
+        importance=importance,
+        iterations=iterations,
+        seed=seed,
+        name=name,
+        progress=progress,
+    )
+    return ClusteredLinear.from_parts(
+        packed, codebook, scale_in, scale_out, module.bias, weight.shape[0], conv1d=isinstance(module, Conv1D)
+    )
+
+
+def cluster_codes(
+    weight: torch.Tensor,
+    spec: ClusterSpec,
+    *,
+    codebook_dtype: torch.dtype = torch.float16,
+    importance: torch.Tensor | None = None,
+    iterations: int = 25,
+    seed: int = 0,
+    name: str = "weight",
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Clusters a weight [out, in]: packed codes, codebook [1, n, g], scale_in and scale_out (None without scales)."""
+    check_finite(weight, name)
+    limit = torch.finfo(codebook_dtype).max
+    if weight.abs().max() > limit:
+        raise ValueError(
+            f"{name} has values up to {float(weight.abs().max()):.3g}, but {codebook_dtype} holds at most {limit:.3g}; "
+            "choose codebook_dtype='bfloat16' or 'float32'."
+        )
+    weight = weight.float()
+    scale_in = _rms(weight, 0).to(codebook_dtype) if spec.scale_in else None
+    if scale_in is not None:
+        weight = weight / scale_in.float()
+    scale_out = _rms(weight, 1).to(codebook_dtype) if spec.scale_out else None
+    if scale_out is not None:
+        weight = weight / scale_out.float()[:, None]
+
+    vectors = group(weight, spec.group_size)
+    channel = None if scale_in is None else scale_in.float() ** 2
+    if importance is not None:
+        importance = importance.to(weight.device, torch.float32)
+        # A channel that calibration never excited still needs its weights: text beyond the sample may excite it.
+        importance = importance.clamp_min(1e-4 * float(importance.mean()))
+        channel = importance if channel is None else channel * importance
+    in_features, groups = vectors.shape[:2]
+    codebook, codes, _ = kmeans(
+        vectors.reshape(-1, spec.group_size),
+        spec.num_clusters,
+        weights=None if channel is None else channel.repeat_interleave(groups),
+        iterations=iterations,
+        seed=seed,
+        progress=progress,
+    )
+    packed = pack(codes.view(in_features, groups), spec.code_bits)
+    return packed, codebook.to(codebook_dtype)[None], scale_in, scale_out
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raises a ValueError that names the layer if the weight has NaN or infinite values."""
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite values of {weight.numel()}; the checkpoint is damaged or was trained "
+            "to divergence. Load a sound one, or leave the layer out with exclude_modules."
+        )
+
+
+def _rms(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """Root mean square along `dim`, 1 where it vanishes in half precision."""
+    rms = weight.square().mean(dim).sqrt()
+    return torch.where(rms > 1e-6, rms, torch.ones_like(rms))

@@ -1,0 +1,58 @@
+"""Which layers of a model are clustered unless the user says otherwise: every linear layer but the output head.
+
+Layers are found by what they are, never by a model family's names. What would be skipped silently is refused by name:
+since version 5 transformers fuses the experts of a mixture into 3-D parameters, 90 % of such a model's weights, and a
+tool that looks for linear layers alone would leave them dense and call the model compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..linear import is_dense_linear
+
+__all__ = ["HEAD_NAMES", "dense_linears", "refuse_fused_experts"]
+
+# Heads that a model class creates for a task; they start random and are trained whole, not clustered.
+HEAD_NAMES = ("classifier", "score", "qa_outputs", "lm_head")
+
+
+def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the dense linear layers to cluster, in the order of the model.
+
+    Left out: output embeddings (tied ones would break their tying), a task's head, and layers whose weight is shared
+    with another module.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    is_pretrained = hasattr(model, "base_model_prefix")
+    for name, module in model.named_modules():
+        if not is_dense_linear(module) or module is head or owners[id(module._parameters["weight"])] > 1:
+            continue
+        if is_pretrained and name.split(".")[0] in HEAD_NAMES:
+            continue
+        yield name, module
+
+
+def refuse_fused_experts(model: nn.Module) -> None:
+    """Raises a ValueError that names fused 3-D expert parameters, if the model has any."""
+    fused = [
+        f"{name}.{key} {tuple(parameter.shape)}"
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] > 1 and key != "codebook"
+    ]
+    if fused:
+        shown = ", ".join(fused[:3]) + (f" and {len(fused) - 3} more" if len(fused) > 3 else "")
+        raise ValueError(
+            f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster in "
+            "target_modules (attention, shared experts) to leave the fused experts dense."
+        )

@@ -1,0 +1,79 @@
+"""`ClusCompQuantizationConfig`: what `config.json` of a compressed checkpoint says about it, and how to make one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+
+__all__ = ["FORMAT_VERSION", "ClusCompQuantizationConfig"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ClusCompQuantizationConfig(QuantizationConfigMixin):
+    """Passed to `from_pretrained` with a dense checkpoint, it clusters the model while it loads; read back from a
+    compressed checkpoint, it says which matrices are clustered and how.
+
+    Args:
+        bits (`float`, *optional*): True bits per weight that no matrix exceeds, codebooks and scales included. Default
+            4 unless `group_size` and `num_clusters` are given.
+        group_size (`int`, *optional*): g, weights per code, for every matrix; goes with `num_clusters`.
+        num_clusters (`int`, *optional*): n, centroids per codebook.
+        scales (`bool`, *optional*): Store a scale per input and output channel. None: where they cost at most 0.05
+            bits per weight.
+        codebook_dtype (`str`): "float16", "bfloat16" or "float32", of codebooks and scales.
+        seed (`int`): Of K-means.
+        iterations (`int`): K-means iterations per matrix, at most.
+        target_modules (`list[str]`, *optional*): Names, or ends of names, of the layers to cluster. None: every linear
+            layer but the output head.
+        exclude_modules (`list[str]`, *optional*): Names, or ends of names, of layers to leave dense.
+        version (`int`): Of the format.
+        layout (`dict`): Name patterns of the clustered matrices and how each is stored; see `cluscomp_peft.layout`.
+            Filled in by the quantizer.
+        fingerprint (`str`, *optional*): Digest of all codes. Filled in by the quantizer, checked when loading.
+
+    Raises:
+        ValueError: If a value is out of range, or the version is newer than this package.
+    """
+
+    bits: float | None = None
+    group_size: int | None = None
+    num_clusters: int | None = None
+    scales: bool | None = None
+    codebook_dtype: str = "float16"
+    seed: int = 0
+    iterations: int = 25
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    version: int = FORMAT_VERSION
+    layout: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprint: str | None = None
+    quant_method: str = "cluscomp"
+
+    def __post_init__(self) -> None:
+        if self.version != FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has version {self.version} of the ClusComp format, but this cluscomp_peft reads "
+                f"version {FORMAT_VERSION}; upgrade cluscomp_peft, or compress the model again."
+            )
+        if self.bits is None and self.group_size is None and self.num_clusters is None:
+            self.bits = 4.0
+        check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.iterations)
+        # E[x_i²] of each layer's inputs by layer name, for clustering only; never saved.
+        self._importance: dict[str, torch.Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of codebooks and scales."""
+        return CODEBOOK_DTYPES[self.codebook_dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public fields, as `config.json` takes them."""
+        return {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}

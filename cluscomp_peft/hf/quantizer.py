@@ -1,0 +1,246 @@
+"""The quantizer that `from_pretrained` calls: a compressed checkpoint, or a dense one clustered on the fly.
+
+    pre-clustered   the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read;
+                    the dense weights never exist
+    on the fly      each dense weight is clustered as soon as it is read and its layer replaced: one dense matrix at a
+                    time, in the very way that `cluscomp compress` does it
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..codes import ClusterSpec, combine_fingerprints
+from ..compress.allocation import choose_spec
+from ..compress.cluster import cluster_linear
+from ..compress.targets import dense_linears, refuse_fused_experts
+from ..layout import expand, summarize
+from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from .config import ClusCompQuantizationConfig
+
+__all__ = ["ClusCompHfQuantizer"]
+
+
+class ClusCompHfQuantizer(HfQuantizer):
+    """Registered for `quant_method="cluscomp"`."""
+
+    requires_calibration = False
+    quantization_config: ClusCompQuantizationConfig
+
+    def __init__(self, quantization_config: ClusCompQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._specs: dict[str, ClusterSpec] = {}
+        # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
+        self.report: dict[str, dict[str, float]] = {}
+        self._progress: tqdm | None = None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            self._specs = choose_specs(model, config)
+            total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
+            # disable=None: silent where nobody watches a terminal
+            self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
+            return model
+        names = [name for name, module in model.named_modules() if is_dense_linear(module)]
+        self._specs = expand(config.layout, names, model.base_model_prefix)
+        if not self._specs:
+            raise ValueError(
+                f"none of the {len(config.layout)} clustered matrices of this checkpoint is a linear layer of "
+                f"{type(model).__name__}; it was made from another architecture, or its config.json is damaged."
+            )
+        for name, spec in self._specs.items():
+            dense = model.get_submodule(name)
+            out_features, in_features = weight_of(dense).shape
+            clustered = ClusteredLinear(
+                in_features,
+                out_features,
+                spec,
+                bias=dense.bias is not None,
+                codebook_dtype=config.dtype,
+                conv1d=isinstance(dense, Conv1D),
+            )
+            model.set_submodule(name, clustered)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        absent = [
+            f"{name}.{key}"
+            for name, module in clustered_linears(model)
+            for key, parameter in module._parameters.items()
+            # Tensors offloaded to disk stay on meta and were not loaded by transformers; they are read when needed.
+            if key != "bias" and parameter is not None and parameter.device.type != "meta"
+            if self.pre_quantized and not getattr(parameter, "_is_hf_initialized", False)
+        ]
+        if absent:
+            shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+            raise ValueError(f"the compressed checkpoint is incomplete, it lacks {shown}; download or compress it again.")
+        if not self.pre_quantized:
+            if self._progress is not None:
+                self._progress.close()
+            self._record(model)
+        elif config.fingerprint is not None and not _has_meta(model):
+            found = model_fingerprint(model)
+            if found != config.fingerprint:
+                raise ValueError(
+                    f"the codes of this checkpoint are not the ones it was saved with (fingerprint {found}, config.json "
+                    f"says {config.fingerprint}): a file is damaged or belongs to another model. Download or compress "
+                    "it again."
+                )
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        name, _, key = param_name.rpartition(".")
+        return not self.pre_quantized and key == "weight" and name in self._specs
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return ClusterOnLoad(self)
+
+    def clustered(self, name: str, weight: torch.Tensor, layer: ClusteredLinear, seconds: float) -> None:
+        """Notes what became of one dense weight [out, in]."""
+        weight = weight.float()
+        self.report[name] = {
+            "true_bits": layer.true_bits,
+            "squared_error": float((layer.decode(torch.float32) - weight).square().sum()),
+            "squared_norm": float(weight.square().sum()),
+            "seconds": seconds,
+        }
+        if self._progress is not None:
+            self._progress.update(weight.numel())
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        # save_pretrained() asks before it writes config.json; merging may have changed how matrices are stored.
+        self._record(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(clustered_linears(model)):
+            model.set_submodule(name, module.to_dense(dtype or model.dtype))
+        return model
+
+    def _record(self, model: nn.Module) -> None:
+        """Writes what the model holds now into its quantization config."""
+        specs = {name.removesuffix(".base_layer"): module.spec for name, module in clustered_linears(model)}
+        names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+        self.quantization_config.layout = summarize(specs, names)
+        self.quantization_config.fingerprint = None if _has_meta(model) else model_fingerprint(model)
+        model.config.quantization_config = self.quantization_config
+
+
+class ClusterOnLoad(ConversionOps):
+    """Clusters one dense weight as it comes from the checkpoint and puts the clustered layer in place."""
+
+    def __init__(self, hf_quantizer: ClusCompHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        full_layer_name: str | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        assert model is not None
+        (key, value), *_ = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        dense, _ = get_module_from_name(model, key)
+        name = key.rpartition(".")[0]
+        config = self.hf_quantizer.quantization_config
+        started = time.perf_counter()
+        dense._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+        clustered = cluster_linear(
+            dense,
+            self.hf_quantizer._specs[name],
+            codebook_dtype=config.dtype,
+            importance=config._importance.get(name),
+            iterations=config.iterations,
+            seed=config.seed,
+            name=name,
+        )
+        for parameter in clustered.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model.set_submodule(name, clustered)
+        self.hf_quantizer.clustered(name, weight_of(dense), clustered, time.perf_counter() - started)
+        if missing_keys is not None:
+            missing_keys.discard(key)
+        return {}
+
+
+def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
+    """Which layers of a dense model to cluster, and how: layer name to spec.
+
+    Raises:
+        ValueError: If no layer matches, a name in `target_modules` matches none, experts are fused, or a matrix does
+            not fit the settings.
+    """
+    layers = dict(dense_linears(model))
+    if config.target_modules is None:
+        refuse_fused_experts(model)
+        chosen = list(layers)
+    else:
+        chosen = [name for name in layers if _matches(name, config.target_modules)]
+        for target in config.target_modules:
+            if not any(_matches(name, [target]) for name in layers):
+                raise ValueError(
+                    f"target_modules names {target!r}, but no linear layer of {type(model).__name__} is or ends with it."
+                )
+    chosen = [name for name in chosen if not _matches(name, config.exclude_modules or [])]
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no linear layer left to cluster; check exclude_modules.")
+    specs = {}
+    for name in chosen:
+        out_features, in_features = weight_of(layers[name]).shape
+        try:
+            specs[name] = choose_spec(
+                in_features,
+                out_features,
+                bits=config.bits,
+                group_size=config.group_size,
+                num_clusters=config.num_clusters,
+                scales=config.scales,
+                codebook_itemsize=config.dtype.itemsize,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return specs
+
+
+def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:
+    """(name, layer) of every clustered layer, in the order of the model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ClusteredLinear)]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of the codes of every clustered layer."""
+    return combine_fingerprints(module.fingerprint() for _, module in clustered_linears(model))
+
+
+def _has_meta(model: nn.Module) -> bool:
+    return any(module.codes.device.type == "meta" for _, module in clustered_linears(model))
+
+
+def _matches(name: str, targets: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,0 +1,274 @@
+"""`ClusteredLinear`: a linear layer that stores codes, a codebook and scales, and no weight.
+
+All of its tensors are frozen parameters. Training changes it through a [`Delta`], which is added to the codebook and
+the scales on the way into the op, and merging writes the very same sum into the parameters:
+
+    codebook' = round(codebook + ΔC₁ + ΔC₂ …)         rounded to the dtype in which the codebook is stored
+    scale'    = round(scale · (1 + δ₁ + δ₂ …))
+
+Rounding happens in the forward pass too (its gradient passes straight through), so a merged layer computes bit for bit
+what the unmerged one did, and it takes the same bytes.
+
+The class is deliberately no `nn.Linear`: tools that merge into `nn.Linear.weight` would write into a temporary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from . import ops
+from .codes import ClusterSpec, fingerprint, num_groups, packed_width
+
+__all__ = ["ClusteredLinear", "Delta", "apply_deltas", "dense_bits", "is_dense_linear", "weight_of"]
+
+
+class Delta(NamedTuple):
+    """What an adapter adds to a layer, in absolute units, fp32.
+
+    codebook: [m, n, g] with any m that is a multiple or a divisor of the layer's; `scale_in` [in] and `scale_out` [out]
+    are relative, 0 leaves a scale as it is; None changes nothing.
+    """
+
+    codebook: torch.Tensor
+    scale_in: torch.Tensor | None = None
+    scale_out: torch.Tensor | None = None
+
+
+class ClusteredLinear(nn.Module):
+    """A frozen linear layer in codes.
+
+    Args:
+        in_features (`int`): in.
+        out_features (`int`): out.
+        spec ([`ClusterSpec`]): How the weight is stored.
+        bias (`bool`): Whether there is a bias [out].
+        codebook_dtype (`torch.dtype`): Of codebook and scales.
+        dtype (`torch.dtype`, *optional*): Of the bias.
+        device (`torch.device`, *optional*): Of everything. Nothing is initialised: codes are 0, floats NaN, so that a
+            layer that was never loaded cannot pass for one that was.
+        conv1d (`bool`): The dense layer was a `transformers` Conv1D, whose weight is [in, out]; [`to_dense`] gives
+            one back.
+
+    Parameters: `codes` [in, width] uint8, `codebook` [m, n, g], `scale_in` [in] or None, `scale_out` [out] or None,
+    `bias` [out] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: ClusterSpec,
+        *,
+        bias: bool = False,
+        codebook_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        conv1d: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
+        width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
+        shape = (spec.num_blocks, spec.num_clusters, spec.group_size)
+
+        def empty(*size: int, dtype: torch.dtype | None = codebook_dtype) -> nn.Parameter:
+            return nn.Parameter(torch.full(size, math.nan, dtype=dtype, device=device), requires_grad=False)
+
+        codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.codebook = empty(*shape)
+        self.register_parameter("scale_in", empty(in_features) if spec.scale_in else None)
+        self.register_parameter("scale_out", empty(out_features) if spec.scale_out else None)
+        self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
+        self._fingerprint: tuple[tuple[int, int], str] | None = None
+
+    @classmethod
+    def from_parts(
+        cls,
+        codes: torch.Tensor,
+        codebook: torch.Tensor,
+        scale_in: torch.Tensor | None,
+        scale_out: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        conv1d: bool = False,
+    ) -> ClusteredLinear:
+        """A layer of existing tensors, none of which is copied; shapes as in the class."""
+        blocks, clusters, group_size = codebook.shape
+        spec = ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
+        layer = cls(codes.shape[0], out_features, spec, bias=bias is not None, device="meta", conv1d=conv1d)
+        parts = {"codes": codes, "codebook": codebook, "scale_in": scale_in, "scale_out": scale_out, "bias": bias}
+        for name, value in parts.items():
+            if value is not None:
+                layer.set_parameter(name, value)
+        return layer
+
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Replaces a parameter by `value`, frozen unless it is a trained bias.
+
+        Writes into `_parameters`: accelerate's `init_empty_weights`, which PEFT holds while it builds layers under
+        `low_cpu_mem_usage`, patches registration and would send real tensors to the meta device.
+        """
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        self._parameters[name] = value
+
+    @property
+    def spec(self) -> ClusterSpec:
+        """How the weight is stored now; merging may raise `num_blocks` or add scales."""
+        blocks, clusters, group_size = self.codebook.shape
+        return ClusterSpec(group_size, clusters, blocks, self.scale_in is not None, self.scale_out is not None)
+
+    @property
+    def true_bits(self) -> float:
+        """Bits per weight with codes, codebooks and scales counted."""
+        return self.spec.true_bits(self.in_features, self.out_features, self.codebook.element_size())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight in the dtype of the codebook, [out, in] (Conv1D: [in, out]).
+
+        Decodes the whole matrix at every access. It exists for model code that asks a layer for its weight's dtype or
+        device; writing into it changes nothing.
+        """
+        return self._orient(self.decode())
+
+    def decode(self, dtype: torch.dtype | None = None, deltas: Sequence[Delta] = ()) -> torch.Tensor:
+        """The weight [out, in] with `deltas` applied, in `dtype` (by default the codebook's)."""
+        with torch.no_grad():
+            codebook, scale_in, scale_out = self.effective(deltas)
+            dtype = dtype or self.codebook.dtype
+            return ops.decode(
+                self.codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype
+            )
+
+    def effective(self, deltas: Sequence[Delta]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
+        return apply_deltas(self.codebook, self.scale_in, self.scale_out, deltas)
+
+    def merge(self, deltas: Sequence[Delta]) -> None:
+        """Writes `deltas` into codebook and scales, exactly."""
+        dtype = self.codebook.dtype
+        with torch.no_grad():
+            values = self.effective(deltas)
+        for name, value in zip(("codebook", "scale_in", "scale_out"), values, strict=True):
+            if value is not None:
+                self.set_parameter(name, value.to(dtype))
+
+    def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
+        """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
+        codebook, scale_in, scale_out = self.effective(deltas)
+        return ops.linear(
+            x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
+        )
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared."""
+        with torch.device("meta"):
+            dense: nn.Linear | Conv1D
+            if self.conv1d:
+                dense = Conv1D(self.out_features, self.in_features)
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        dense._parameters["weight"] = nn.Parameter(self._orient(self.decode(dtype)).contiguous(), requires_grad=False)
+        dense._parameters["bias"] = self.bias
+        return dense
+
+    def fingerprint(self) -> str:
+        """Digest of the codes, remembered until they change."""
+        key = (self.codes.data_ptr(), self.codes._version)
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            self._fingerprint = (key, fingerprint(self.codes, self.out_features, self.spec))
+        return self._fingerprint[1]
+
+    def extra_repr(self) -> str:
+        spec = ", ".join(f"{key}={value}" for key, value in self.spec.to_dict().items())
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {spec}"
+
+    def _orient(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t() if self.conv1d else weight
+
+
+def apply_deltas(
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    deltas: Sequence[Delta],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Sums `deltas` onto codebook [m, n, g] and scales; results are fp32 (fp64) but hold values of the codebook's dtype.
+
+    The gradient with respect to the deltas ignores the rounding.
+    """
+    if not deltas:
+        return codebook, scale_in, scale_out
+    dtype = codebook.dtype
+    blocks = math.lcm(codebook.shape[0], *(delta.codebook.shape[0] for delta in deltas))
+    total = _refine(codebook.to(deltas[0].codebook.dtype), blocks)
+    for delta in deltas:
+        total = total + _refine(delta.codebook, blocks)
+    changes_in = [delta.scale_in for delta in deltas if delta.scale_in is not None]
+    changes_out = [delta.scale_out for delta in deltas if delta.scale_out is not None]
+    return _round(total, dtype), _rescale(scale_in, changes_in, dtype), _rescale(scale_out, changes_out, dtype)
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether the module is a layer that can be clustered: exactly `nn.Linear` or `Conv1D`.
+
+    A subclass may mean something else by its weight (bitsandbytes' `Linear4bit` packs it), so it does not count.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a dense linear layer as [out, in], a view."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def dense_bits(model: nn.Module) -> tuple[int, int]:
+    """(bytes, weights) of the linear layers of a model: clustered ones as they are stored, dense ones at their dtype.
+
+    Output embeddings count only where they are clustered: nobody counts them among the compressed matrices.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    total_bytes = weights = 0
+    for module in model.modules():
+        if isinstance(module, ClusteredLinear):
+            size = module.in_features * module.out_features
+            total_bytes += module.spec.num_bytes(
+                module.in_features, module.out_features, module.codebook.element_size()
+            )
+            weights += size
+        elif is_dense_linear(module) and module is not head:
+            total_bytes += module.weight.numel() * module.weight.element_size()
+            weights += module.weight.numel()
+    return total_bytes, weights
+
+
+def _refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) = floor(i·m/in)."""
+    return codebook if codebook.shape[0] == blocks else codebook.repeat_interleave(blocks // codebook.shape[0], 0)
+
+
+def _rescale(
+    scale: torch.Tensor | None, changes: list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor | None:
+    if not changes:
+        return scale
+    factor = 1 + sum(changes[1:], start=changes[0])
+    return _round(factor if scale is None else scale.to(factor.dtype) * factor, dtype)
+
+
+def _round(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds to `dtype` but stays in the dtype of `value`; the gradient passes unchanged.
+
+    `value + (rounded - value)` is `rounded` exactly: the difference of two neighbours is representable.
+    """
+    if dtype == value.dtype:
+        return value
+    return value + (value.detach().to(dtype).to(value.dtype) - value.detach())

@@ -1,0 +1,232 @@
+"""The ops of the method, registered as `torch.ops.cluscomp.{decode, linear, codebook_grad}`.
+
+Every op has one schema, a shape-only fake (for `torch.compile` and `meta` tensors), autograd, and a pure-torch
+reference that runs on every device. A faster backend is another kernel of the same op:
+
+    from cluscomp_peft import ops
+    @ops.LINEAR.register_kernel("cuda")
+    def linear_cuda(x, codes, codebook, scale_in, scale_out, residual, bias, out_features): ...
+
+Autograd of `linear` keeps x, the packed codes, the codebook and the scales; the weight is decoded again in backward,
+so no dense weight outlives a call. The functions [`decode`] and [`linear`] check their arguments and follow autocast;
+call those, not the ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..codes import code_bits, num_groups, packed_width
+from . import reference
+
+__all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "codebook_grad", "decode", "linear"]
+
+
+@torch.library.custom_op("cluscomp::decode", mutates_args=())
+def DECODE(
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
+
+
+@DECODE.register_fake
+def _(codes, codebook, scale_in, scale_out, residual, out_features, dtype):
+    return codes.new_empty(out_features, codes.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("cluscomp::codebook_grad", mutates_args=())
+def CODEBOOK_GRAD(
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Backward may run inside the user's autocast region; the fp32 sums must stay fp32.
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.codebook_grad(x, grad_output, codes, codebook, scale_in, scale_out, residual)
+
+
+@CODEBOOK_GRAD.register_fake
+def _(x, grad_output, codes, codebook, scale_in, scale_out, residual):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        codebook.new_empty(codebook.shape, dtype=dtype),
+        codebook.new_empty(0 if scale_in is None else x.shape[1], dtype=dtype),
+        codebook.new_empty(0 if scale_out is None else grad_output.shape[1], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("cluscomp::linear", mutates_args=())
+def LINEAR(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    return reference.linear(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+
+
+@LINEAR.register_fake
+def _(x, codes, codebook, scale_in, scale_out, residual, bias, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    x, codes, codebook, scale_in, scale_out, residual, bias, out_features = inputs
+    ctx.save_for_backward(x, codes, codebook, scale_in, scale_out, residual)
+    ctx.out_features = out_features
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+    x, codes, codebook, scale_in, scale_out, residual = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    grad_x = grad_codebook = grad_in = grad_out = grad_residual = grad_bias = None
+    flat_grad = grad_output.reshape(-1, ctx.out_features)
+    flat_x = x.reshape(-1, x.shape[-1])
+    if wants[0]:
+        weight = DECODE(codes, codebook, scale_in, scale_out, residual, ctx.out_features, grad_output.dtype)
+        grad_x = (flat_grad @ weight).view(x.shape)
+    if wants[2] or wants[3] or wants[4]:
+        grads = CODEBOOK_GRAD(flat_x, flat_grad, codes, codebook, scale_in, scale_out, residual)
+        grad_codebook = grads[0].to(codebook.dtype) if wants[2] else None
+        grad_in = grads[1].to(scale_in.dtype) if wants[3] else None
+        grad_out = grads[2].to(scale_out.dtype) if wants[4] else None
+    if wants[5]:
+        grad_residual = (flat_grad.t() @ flat_x).to(residual.dtype)
+        if scale_out is not None:
+            grad_residual = grad_residual * scale_out[:, None].to(residual.dtype)
+        if scale_in is not None:
+            grad_residual = grad_residual * scale_in.to(residual.dtype)
+    if wants[6]:
+        grad_bias = flat_grad.sum(0).to(ctx.bias_dtype)
+    return grad_x, None, grad_codebook, grad_in, grad_out, grad_residual, grad_bias, None
+
+
+LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)
+
+
+def decode(
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out_features: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The weight that codes and codebook stand for. Not differentiable; train through [`linear`].
+
+    Args:
+        codes (`torch.Tensor`): [in, ceil(ceil(out / g) · b / 8)], uint8, packed by `cluscomp_peft.codes.pack`.
+        codebook (`torch.Tensor`): [m, n, g], floating point; input channel i uses codebook `i * m // in`.
+        scale_in (`torch.Tensor`, *optional*): [in].
+        scale_out (`torch.Tensor`, *optional*): [out].
+        residual (`torch.Tensor`, *optional*): [out, in], a dense weight that the decoded one is added to.
+        out_features (`int`): out, which the codes alone do not tell when g does not divide it.
+        dtype (`torch.dtype`, *optional*): Of the result; the codebook's by default.
+
+    Returns:
+        `torch.Tensor`: [out, in], contiguous, `s_out · (residual + decoded) · s_in` rounded once from fp32.
+
+    Raises:
+        TypeError: If the codes are not uint8.
+        ValueError: If shapes do not belong together.
+    """
+    _check(codes, codebook, scale_in, scale_out, out_features)
+    with torch.no_grad():
+        return DECODE(codes, codebook, scale_in, scale_out, residual, out_features, dtype or codebook.dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    out_features: int,
+) -> torch.Tensor:
+    """`x Wᵀ + bias` with W as [`decode`] gives it, in the dtype of x (under autocast: in autocast's).
+
+    Differentiable in x, codebook, scales, residual and bias. Bit for bit `torch.nn.functional.linear` with the decoded
+    weight.
+
+    Args:
+        x (`torch.Tensor`): [..., in], floating point. The other arguments are those of [`decode`].
+        bias (`torch.Tensor`, *optional*): [out].
+
+    Raises:
+        TypeError: If the codes are not uint8.
+        ValueError: If shapes do not belong together.
+    """
+    _check(codes, codebook, scale_in, scale_out, out_features)
+    if x.shape[-1] != codes.shape[0]:
+        raise ValueError(f"the layer takes {codes.shape[0]} input features, got x of shape {tuple(x.shape)}.")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return LINEAR(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+
+
+def codebook_grad(
+    x: torch.Tensor,
+    grad_output: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of codebook and scales for x [tokens, in] and dL/dy [tokens, out].
+
+    Returns:
+        Gradients of codebook [m, n, g], scale_in [in] and scale_out [out] (the last two empty where there is no
+        scale), fp32, or fp64 for an fp64 x.
+    """
+    _check(codes, codebook, scale_in, scale_out, grad_output.shape[-1])
+    return CODEBOOK_GRAD(x, grad_output, codes, codebook, scale_in, scale_out, residual)
+
+
+def _check(
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    out_features: int,
+) -> None:
+    if codes.dtype != torch.uint8:
+        raise TypeError(
+            f"the codes of a clustered weight must stay uint8, got {codes.dtype}: something cast every parameter of the "
+            "model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model again and "
+            "leave such calls out; a clustered model needs none of them."
+        )
+    if codebook.ndim != 3:
+        raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook.shape)}.")
+    width = packed_width(num_groups(out_features, codebook.shape[2]), code_bits(codebook.shape[1]))
+    if codes.ndim != 2 or codes.shape[1] != width:
+        raise ValueError(
+            f"codes of shape {tuple(codes.shape)} do not belong to {out_features} output features and a codebook of "
+            f"shape {tuple(codebook.shape)}, which take {width} bytes for each input channel."
+        )
+    for name, scale, features in (("scale_in", scale_in, codes.shape[0]), ("scale_out", scale_out, out_features)):
+        if scale is not None and scale.shape != (features,):
+            raise ValueError(f"{name} must have shape ({features},), got {tuple(scale.shape)}.")

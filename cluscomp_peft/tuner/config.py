@@ -1,0 +1,144 @@
+"""`ClusCompConfig`: the settings of a ClusComp adapter, and what a saved one says about the codes it belongs to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+
+__all__ = ["ClusCompConfig"]
+
+BASES = ("clustered", "dense")
+
+
+@dataclass
+class ClusCompConfig(PeftConfig):
+    """Configuration of a [`ClusCompModel`].
+
+    On a compressed checkpoint every argument about clustering is ignored: the codes are there. On a dense model they say
+    how its weights are clustered when the adapter is created.
+
+    Args:
+        base (`str`): What the adapter sits on. "clustered": the codes and codebooks of a compressed checkpoint, or, on
+            a dense model, of weights that are clustered now and whose dense form is dropped; the adapter file then
+            carries codes and codebooks as well. "dense": the dense weight stays, `W' = W + ΔC[codes]`.
+        target_modules (`list[str]` or `str`, *optional*): As in every PEFT method: a list of (ends of) names, a regular
+            expression, or "all-linear". None and "all-linear": every clustered layer of a compressed checkpoint, every
+            linear layer but the output head of a dense model.
+        exclude_modules (`list[str]` or `str`, *optional*): Layers to leave as they are.
+        layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not a usual one.
+        modules_to_save (`list[str]`, *optional*): Other modules to train and save whole.
+        bias (`str`): "none", "all" or "cluscomp_only".
+        num_blocks (`int`): Delta codebooks per matrix, each for a block of consecutive input channels: the knob for
+            capacity, as the rank is in LoRA. Merging then stores so many codebooks.
+        train_scales (`bool`, *optional*): Train a scale per input and output channel too. None: where the base stores
+            them (on `base="dense"`: always); True adds them where it does not, 16 bits each after merging.
+        delta_scale (`float`): Units of the trained numbers: one unit moves a centroid by about this many RMS of its
+            codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS. The default
+            makes the rates that people use for LoRA right.
+        init_weights (`bool`): False starts from random deltas instead of zero ones; for tests.
+        bits (`float`, *optional*): Dense model: true bits per weight that no matrix exceeds; default 4.
+        group_size (`int`, *optional*): Dense model: weights per code; with `num_clusters`, instead of `bits`.
+        num_clusters (`int`, *optional*): Dense model: centroids, capped at the number of groups of a matrix, where
+            clustering loses nothing.
+        scales (`bool`, *optional*): Dense model: store a scale per channel; None: where they cost little.
+        codebook_dtype (`str`): Dense model: "auto" is the dtype of the weight; else "float16", "bfloat16", "float32".
+        seed (`int`): Dense model: of K-means.
+        iterations (`int`): Dense model: K-means iterations per matrix, at most.
+        layout (`dict`): Written on saving: how the codes are stored, by name pattern.
+        fingerprint (`str`, *optional*): Written on saving: digest of the codes that the adapter belongs to.
+        carries_codes (`bool`): Written on saving: the adapter file holds codes, so it belongs on the dense model.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    base: str = field(default="clustered", metadata={"help": "What the adapter sits on: 'clustered' or 'dense'."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, ends of names or a regex of the layers to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, ends of names or a regex of layers to leave as they are."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, for layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save whole."}
+    )
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'cluscomp_only'."})
+    num_blocks: int = field(default=1, metadata={"help": "Delta codebooks per matrix, the knob for capacity."})
+    train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
+    delta_scale: float = field(default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
+    bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
+    group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})
+    num_clusters: int | None = field(default=None, metadata={"help": "Dense model: centroids per codebook."})
+    scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
+    codebook_dtype: str = field(default="auto", metadata={"help": "Dense model: dtype of codebook and scales."})
+    seed: int = field(default=0, metadata={"help": "Dense model: seed of K-means."})
+    iterations: int = field(default=25, metadata={"help": "Dense model: K-means iterations."})
+    layout: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Written on saving: how the codes are stored."}
+    )
+    fingerprint: str | None = field(default=None, metadata={"help": "Written on saving: digest of the codes."})
+    carries_codes: bool = field(default=False, metadata={"help": "Written on saving: the file holds codes."})
+    # PEFT and TRL read these two of every config.
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
+    trainable_token_indices: list[int] | None = field(default=None, metadata={"help": "Not supported."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.CLUSCOMP  # type: ignore[attr-defined]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.base not in BASES:
+            raise ValueError(f"base must be one of {', '.join(BASES)}, got {self.base!r}.")
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if is_regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise ValueError(
+                "layers_to_transform and layers_pattern cannot be used when target_modules is a regular expression; "
+                "put the indices into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, which says which of those layers to adapt.")
+        if self.target_parameters or self.trainable_token_indices:
+            raise ValueError(
+                "ClusComp adapts linear layers only, not target_parameters or trainable_token_indices; train an "
+                "embedding whole through modules_to_save."
+            )
+        if self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
+        if not self.delta_scale > 0:
+            raise ValueError(f"delta_scale must be greater than 0, got {self.delta_scale}.")
+        if self.bits is None and self.group_size is None and self.num_clusters is None:
+            self.bits = 4.0
+        dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
+        if dtype not in CODEBOOK_DTYPES:
+            known = ", ".join(("auto", *CODEBOOK_DTYPES))
+            raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
+        check_settings(self.bits, self.group_size, self.num_clusters, dtype, self.iterations)
+        # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
+        # Layers are then built empty, without K-means. A fingerprint that saving writes later does not count.
+        self._expects_weights = self.fingerprint is not None
+        self._source: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Reads `adapter_config.json`; a local folder is remembered, so that its tensors are checked before use."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._source = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        return config
+
+    @property
+    def expects_weights(self) -> bool:
+        """Whether saved weights are about to be loaded into the layers made from this config."""
+        return self._expects_weights

@@ -1,0 +1,516 @@
+"""`ClusCompModel`: PEFT's tuner. It finds the layers, checks everything that can be wrong before it touches one, puts
+the tuner layers in place, and says what an adapter file holds.
+
+    plan      match names, validate settings, weights, saved file and fingerprint; nothing is changed, errors end here
+    replace   compressed layer → ClusCompLinear; dense layer → K-means → ClusCompLinear or ClusCompDenseLinear
+    save      deltas, units, codes where the base was dense; layout and fingerprint go into the config
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..codes import ClusterSpec, combine_fingerprints
+from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
+from ..compress.cluster import check_finite, cluster_codes, cluster_linear
+from ..compress.targets import dense_linears, refuse_fused_experts
+from ..layout import expand, summarize
+from ..linear import ClusteredLinear, Delta, is_dense_linear, weight_of
+from .config import ClusCompConfig
+from .layer import ClusCompDenseLinear, ClusCompLayer, ClusCompLinear
+
+__all__ = ["ClusCompModel"]
+
+_FILE_PREFIX = "base_model.model."
+_BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
+
+
+class ClusCompModel(BaseTuner):
+    """Creates a ClusComp model from a pretrained one.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt, compressed or dense.
+        peft_config ([`ClusCompConfig`]): The configuration.
+        adapter_name (`str`): Name of the adapter.
+        low_cpu_mem_usage (`bool`): Create adapter weights on the meta device, to be loaded.
+
+    Raises:
+        ValueError: If the adapter does not fit the model; the model is then left as it was.
+    """
+
+    prefix: str = "cluscomp_"
+    tuner_layer_cls = ClusCompLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # -- plan
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._progress: tqdm | None = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            # transformers' model.add_adapter() raises its flag before the adapter exists.
+            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                model.__dict__.pop("_hf_peft_config_loaded", None)
+            raise
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+            self._progress = None
+
+    def _check_new_adapter_config(self, config: ClusCompConfig) -> None:
+        super()._check_new_adapter_config(config)
+        others = [other for other in self.peft_config.values() if other is not config]
+        for other in others:
+            if getattr(other, "base", config.base) != config.base:
+                raise ValueError(
+                    f"all adapters of a model share one kind of base: this one has base={config.base!r}, but the model "
+                    f"was made with base={other.base!r}."
+                )
+
+    def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
+        """Resolves the targets and checks them all; see the module docstring."""
+        targets = peft_config.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            peft_config.target_modules = self._default_targets(peft_config)
+        layers = self._matched(peft_config)
+        self._check_layers(peft_config, layers)
+        if peft_config.expects_weights:
+            self._check_saved(peft_config, layers)
+        dense = sum(is_dense_linear(layer) for layer in layers.values())
+        if dense and not peft_config.expects_weights:
+            # disable=None: silent where nobody watches a terminal
+            self._progress = tqdm(total=dense, desc="Clustering", unit="matrix", disable=None)
+        return peft_config
+
+    def _default_targets(self, config: ClusCompConfig) -> set[str]:
+        """Every clustered layer; on a dense model every linear layer but heads. Layers filter applied here, because
+        PEFT does not apply it to full names."""
+        model = self.model
+        layers = {name for name, module in model.named_modules() if isinstance(module, ClusCompLayer)}
+        layers |= {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, ClusteredLinear) and name.removesuffix(".base_layer") not in layers
+        }
+        if not layers:
+            refuse_fused_experts(model)
+            layers = {name for name, _ in dense_linears(model)}
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no linear layer to adapt; name some in target_modules.")
+        if config.layers_to_transform is not None:
+            probe = copy.copy(config)
+            probe.exclude_modules = None
+            chosen = set()
+            for name in layers:
+                probe.target_modules = {name.rpartition(".")[2]}
+                if check_target_module_exists(probe, name):
+                    chosen.add(name)
+            if not chosen:
+                raise ValueError(
+                    f"no linear layer has an index in layers_to_transform={config.layers_to_transform!r} "
+                    f"(layers_pattern={config.layers_pattern!r})."
+                )
+            layers = chosen
+        return layers
+
+    def _matched(self, config: ClusCompConfig) -> dict[str, nn.Module]:
+        """The layers that PEFT will hand to `_create_and_replace`, in its order."""
+        matched: dict[str, nn.Module] = {}
+        inside: list[str] = []
+        for name, module in self.model.named_modules():
+            if name and not name.startswith(tuple(inside)) and self._check_target_module_exists(config, name):
+                matched[name] = module
+            if isinstance(module, BaseTunerLayer):
+                inside.append(f"{name}.")
+        return matched
+
+    def _check_layers(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
+        for name, module in layers.items():
+            if isinstance(module, ClusCompLayer):
+                # Codes are shared by all adapters, so only a first adapter decides about them.
+                if config.group_size is not None and not config.expects_weights:
+                    self._check_same_codes(name, module, config)
+            elif isinstance(module, ClusteredLinear):
+                if config.base == "dense":
+                    raise ValueError(
+                        f"base='dense' needs dense weights, but {name} is clustered; leave base at 'clustered', or call "
+                        "model.dequantize() first."
+                    )
+            elif is_dense_linear(module):
+                if config.expects_weights:
+                    continue
+                weight = weight_of(module)
+                if weight.device.type != "meta":
+                    check_finite(weight, name)
+                self._spec(name, module, config)
+            else:
+                raise ValueError(
+                    f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
+                    f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
+                )
+
+    def _check_same_codes(self, name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
+        if isinstance(layer, ClusCompDenseLinear):
+            return
+        spec = layer.base_spec()
+        vectors = layer.in_features * -(-layer.out_features // config.group_size)
+        wanted = (config.group_size, min(config.num_clusters, max(2, vectors)))
+        if layer.dense_dtype is not None and wanted != (spec.group_size, spec.num_clusters):
+            raise ValueError(
+                f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "
+                f"num_clusters={spec.num_clusters}, not with {wanted[0]} and {wanted[1]}. Use the same settings, or a "
+                "second copy of the dense model."
+            )
+
+    def _spec(self, name: str, module: nn.Module, config: ClusCompConfig) -> ClusterSpec:
+        """How a dense layer will be clustered."""
+        out_features, in_features = weight_of(module).shape
+        dtype = self._codebook_dtype(module, config)
+        try:
+            spec = choose_spec(
+                in_features,
+                out_features,
+                bits=config.bits,
+                group_size=config.group_size,
+                num_clusters=config.num_clusters,
+                scales=config.scales,
+                codebook_itemsize=dtype.itemsize,
+                cap=True,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
+            warnings.warn(
+                f"num_clusters={config.num_clusters} is more than the {spec.num_clusters} groups of {name}; it is "
+                "clustered without loss and takes more bits than it did dense.",
+                stacklevel=2,
+            )
+        return spec
+
+    @staticmethod
+    def _codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
+        return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
+
+    def _check_saved(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
+        """A saved adapter against the model it is about to be loaded into."""
+        for name, module in layers.items():
+            dense = is_dense_linear(module) or getattr(module, "dense_dtype", None) is not None
+            dense = dense or isinstance(module, ClusCompDenseLinear)
+            if config.carries_codes and not dense:
+                raise ValueError(
+                    "this adapter was made on a dense model and carries its own codes, but the model is compressed; "
+                    "load it on the dense model (merge_and_unload() and compress then, if that is what you want)."
+                )
+            if not config.carries_codes and dense:
+                raise ValueError(
+                    f"this adapter belongs to a compressed model (fingerprint {config.fingerprint}), but {name} is a "
+                    "dense layer; load the adapter on the compressed checkpoint that it was trained on."
+                )
+        fixed = [
+            module.base_layer if isinstance(module, ClusCompLinear) else module
+            for module in layers.values()
+            if isinstance(module, (ClusCompLinear, ClusteredLinear))
+        ]
+        if len(fixed) == len(layers) and all(layer.codes.device.type != "meta" for layer in fixed):
+            found = combine_fingerprints(layer.fingerprint() for layer in fixed)
+            if found != config.fingerprint:
+                raise ValueError(
+                    f"this adapter belongs to another base: its codes have fingerprint {config.fingerprint}, those of "
+                    f"this model {found}. Load the base that it was trained on ({config.base_model_name_or_path})."
+                )
+        if config.carries_codes:
+            absent = layers.keys() - self._saved_specs(config, layers).keys()
+            if absent:
+                raise ValueError(
+                    f"the adapter's config says nothing about the layout of {sorted(absent)[0]} and {len(absent) - 1} "
+                    "more layers; it was made for another model, or its adapter_config.json is damaged."
+                )
+        if config._source is not None and os.path.isfile(os.path.join(config._source, SAFETENSORS_WEIGHTS_NAME)):
+            _check_file(os.path.join(config._source, SAFETENSORS_WEIGHTS_NAME), config, list(layers))
+
+    def _saved_specs(self, config: ClusCompConfig, names: Any) -> dict[str, ClusterSpec]:
+        return expand(config.layout, names, getattr(self.model, "base_model_prefix", ""))
+
+    # -- replace
+
+    def _create_and_replace(
+        self,
+        peft_config: ClusCompConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        saved = self._saved_specs(peft_config, [current_key]).get(current_key) if peft_config.expects_weights else None
+        if isinstance(target, ClusCompLinear):
+            target.update_layer(adapter_name, peft_config, saved)
+        elif isinstance(target, ClusCompDenseLinear):
+            target.update_layer(adapter_name, peft_config, *self._dense_codes(current_key, target, peft_config, saved))
+        else:
+            self._replace_module(
+                parent, target_name, self._new_layer(peft_config, adapter_name, target, current_key, saved), target
+            )
+
+    def _new_layer(
+        self,
+        config: ClusCompConfig,
+        adapter_name: str,
+        target: nn.Module,
+        name: str,
+        saved: ClusterSpec | None,
+    ) -> ClusCompLayer:
+        if isinstance(target, ClusteredLinear):
+            return ClusCompLinear(target, adapter_name, config, target.codes.device, spec=saved)
+        weight = weight_of(target)
+        if config.base == "dense":
+            spec, codes, rms = self._dense_codes(name, target, config, saved)
+            return ClusCompDenseLinear(target, adapter_name, config, weight.device, spec, codes, rms)
+        dtype = self._codebook_dtype(target, config)
+        if saved is not None or weight.device.type == "meta":
+            # Nothing to cluster: codes come with the file. Built apart from init_empty_weights' patched registration.
+            spec = saved or self._spec(name, target, config)
+            clustered = _empty_like(target, spec, dtype)
+        else:
+            clustered = cluster_linear(
+                target,
+                self._spec(name, target, config),
+                codebook_dtype=dtype,
+                iterations=config.iterations,
+                seed=config.seed,
+                name=name,
+            )
+            self._tick()
+        return ClusCompLinear(clustered, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
+
+    def _dense_codes(
+        self, name: str, target: nn.Module, config: ClusCompConfig, saved: ClusterSpec | None
+    ) -> tuple[ClusterSpec, torch.Tensor | None, float]:
+        """Spec, packed codes and codebook RMS for an adapter on a dense weight; codes are None where a file has them."""
+        dense = target.get_base_layer() if isinstance(target, ClusCompDenseLinear) else target
+        if saved is not None:
+            return saved, None, 1.0
+        spec = self._spec(name, dense, config)
+        spec = ClusterSpec(spec.group_size, spec.num_clusters)
+        weight = weight_of(dense)
+        if weight.device.type == "meta":
+            return spec, None, 1.0
+        packed, codebook, _, _ = cluster_codes(
+            weight, spec, codebook_dtype=torch.float32, iterations=config.iterations, seed=config.seed, name=name
+        )
+        self._tick()
+        rms = float(codebook.square().mean().sqrt())
+        return spec, packed, rms if rms > 0 else 1.0
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would read child.weight, which a clustered layer decodes at every access.
+        setattr(parent, child_name, new_module)
+
+    def _tick(self) -> None:
+        if self._progress is not None:
+            self._progress.update()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32 by default; with `autocast_adapter_dtype=False` deltas take the dtype of the base, as TRL asks for
+        under DeepSpeed ZeRO-3."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for layer in self._layers(self.model):
+            if adapter_name in layer.cluscomp_delta:
+                dtype = layer.base_layer.bias.dtype if layer.base_layer.bias is not None else None
+                if isinstance(layer, ClusCompDenseLinear):
+                    dtype = layer.base_layer.weight.dtype
+                elif layer.dense_dtype is not None:
+                    dtype = layer.dense_dtype
+                for parameter in layer.cluscomp_delta[adapter_name].parameters():
+                    parameter.data = parameter.data.to(dtype or getattr(self.model, "dtype", torch.float32))
+
+    # -- several adapters
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Adds an adapter whose deltas are the weighted sum of those of others; with codes shared, the sum is exact.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters to combine.
+            weights (`list[float]`): A weight for each.
+            adapter_name (`str`): Name of the new adapter; nothing happens if there is one already.
+            combination_type (`str`): "linear", the only kind that means something for codebooks.
+
+        Raises:
+            ValueError: If an adapter is missing, the numbers do not match, or codes differ on a dense base.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type != "linear":
+            raise ValueError(f"combination_type must be 'linear', got {combination_type!r}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"give one weight for each adapter, got {len(adapters)} adapters, {len(weights)} weights.")
+        absent = [name for name in adapters if name not in self.peft_config]
+        if absent:
+            raise ValueError(f"Adapter {absent[0]} does not exist; there are {', '.join(self.peft_config)}.")
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, ClusCompLayer) and any(adapter in layer.cluscomp_delta for adapter in adapters)
+        }
+        for name, layer in layers.items():
+            codes = [layer.codes_of(adapter) for adapter in adapters if adapter in layer.cluscomp_delta]
+            if any(not torch.equal(codes[0], other) for other in codes[1:]):
+                raise ValueError(
+                    f"the adapters have different codes in {name}, so their codebooks cannot be added; create them "
+                    "with the same seed and settings."
+                )
+        configs = [self.peft_config[name] for name in adapters]
+        config = copy.copy(configs[0])
+        config._expects_weights, config._source = False, None
+        config.num_blocks = math.lcm(*(other.num_blocks for other in configs))
+        config.target_modules, config.init_weights = set(layers), True
+        flags = [other.train_scales for other in configs]
+        config.train_scales = True if True in flags else None if None in flags else False
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            present = [(name, weight) for name, weight in zip(adapters, weights, strict=True)]
+            present = [(name, weight) for name, weight in present if name in layer.cluscomp_delta]
+            with torch.no_grad():
+                layer.set_deltas(
+                    adapter_name,
+                    _weighted_sum(layer.deltas([name for name, _ in present]), [weight for _, weight in present]),
+                )
+
+    # -- save and load
+
+    @classmethod
+    def _layers(cls, model: nn.Module) -> list[ClusCompLayer]:
+        return [module for module in model.modules() if isinstance(module, ClusCompLayer)]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ClusCompConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The adapter's tensors; the config learns here, just before PEFT writes it, what they belong to."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        specs: dict[str, ClusterSpec] = {}
+        fingerprints = []
+        config.carries_codes = False
+        for name, layer in model.named_modules():
+            if not isinstance(layer, ClusCompLayer) or adapter_name not in layer.cluscomp_delta:
+                continue
+            dense_born = isinstance(layer, ClusCompDenseLinear) or layer.dense_dtype is not None
+            config.carries_codes |= dense_born
+            specs[name.removeprefix(_FILE_PREFIX)] = (
+                layer.spec_of(adapter_name) if isinstance(layer, ClusCompDenseLinear) else layer.base_spec()
+            )
+            codes = layer.codes_of(adapter_name)
+            if codes.device.type != "meta":
+                fingerprints.append(layer.fingerprint(adapter_name))
+            if isinstance(layer, ClusCompLinear) and dense_born:
+                for key in _BASE_TENSORS:
+                    tensor = layer.base_tensor(key)
+                    if tensor is not None:
+                        selected[f"{name}.base_layer.{key}"] = tensor.detach()
+        names = [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]
+        config.layout = summarize(specs, names)
+        if len(fingerprints) == len(specs):
+            config.fingerprint = combine_fingerprints(fingerprints)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ClusCompConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, ClusCompLinear) or set(layer.cluscomp_delta) <= {adapter_name}:
+                continue
+            bare = name.removeprefix(_FILE_PREFIX)
+            for key in _BASE_TENSORS:
+                for spelling in (f"{bare}.base_layer.{key}", f"{_FILE_PREFIX}{bare}.base_layer.{key}"):
+                    saved, present = mapped.pop(spelling, None), layer.base_tensor(key)
+                    if saved is None:
+                        continue
+                    if present is None or not torch.equal(saved.to(present.device), present):
+                        raise ValueError(
+                            f"adapter {adapter_name!r} has another {key} of {bare} than the adapters that are loaded "
+                            "already; load it on a copy of the dense model of its own."
+                        )
+        # From here on the config is that of a living adapter: a further one made from it starts fresh.
+        config._expects_weights = False
+        return mapped
+
+
+def _weighted_sum(deltas: list[Delta], weights: list[float]) -> Delta:
+    blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
+    codebooks = [delta.codebook.repeat_interleave(blocks // delta.codebook.shape[0], 0) for delta in deltas]
+
+    def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+        terms = [value * weight for value, weight in zip(values, weights, strict=True) if value is not None]
+        return sum(terms[1:], start=terms[0]) if terms else None
+
+    codebook = total(list(codebooks))
+    assert codebook is not None
+    return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
+
+
+def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:
+    """A clustered layer in the shape of a dense one, NaN-filled, its bias shared."""
+    weight = weight_of(dense)
+    out_features, in_features = weight.shape
+    template = ClusteredLinear(in_features, out_features, spec, codebook_dtype=codebook_dtype, device="meta")
+    parts = {
+        key: None
+        if value is None
+        else torch.full_like(value, math.nan if value.is_floating_point() else 0, device=weight.device)
+        for key, value in template._parameters.items()
+        if key != "bias"
+    }
+    return ClusteredLinear.from_parts(
+        **parts, bias=dense.bias, out_features=out_features, conv1d=isinstance(dense, Conv1D)
+    )
+
+
+def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
+    """Reads the header of a saved adapter: it must be whole and have tensors for every layer."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}); copy or download the adapter again.") from error
+    wanted = ["cluscomp_delta.codebook", "cluscomp_state.units"]
+    if config.carries_codes:
+        wanted += ["base_layer.codes", "base_layer.codebook"] if config.base == "clustered" else ["cluscomp_state.codes"]
+    for name in names:
+        for key in wanted:
+            if not {f"{_FILE_PREFIX}{name}.{key}", f"{name}.{key}"} & keys:
+                raise ValueError(
+                    f"{path} has no {name}.{key}: it is incomplete or belongs to another model; copy or download the "
+                    "adapter again."
+                )
