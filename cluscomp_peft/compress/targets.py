@@ -1,8 +1,8 @@
-"""Which layers of a model are clustered unless the user says otherwise: every linear layer but the output head.
+"""Which layers of a model are clustered unless the user says otherwise: the linear layers inside its blocks.
 
-Layers are found by what they are, never by a model family's names. What would be skipped silently is refused by name:
-since version 5 transformers fuses the experts of a mixture into 3-D parameters, 90 % of such a model's weights, and a
-tool that looks for linear layers alone would leave them dense and call the model compressed.
+Layers are found by what they are and where they stand, never by a model family's names. What would be skipped silently
+is refused by name: since version 5 transformers fuses the experts of a mixture into 3-D parameters, 90 % of such a
+model's weights, and a tool that looks for linear layers alone would leave them dense and call the model compressed.
 """
 
 from __future__ import annotations
@@ -14,31 +14,29 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..linear import is_dense_linear
 
-__all__ = ["HEAD_NAMES", "dense_linears", "refuse_fused_experts"]
-
-# Heads that a model class creates for a task; they start random and are trained whole, not clustered.
-HEAD_NAMES = ("classifier", "score", "qa_outputs", "lm_head")
+__all__ = ["dense_linears", "refuse_fused_experts"]
 
 
 def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the dense linear layers to cluster, in the order of the model.
 
-    Left out: output embeddings (tied ones would break their tying), a task's head, and layers whose weight is shared
-    with another module.
+    Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of embeddings;
+    every one in a model without such lists. Layers whose weight is shared with another module are left out as well.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     owners: dict[int, int] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners[id(weight)] = owners.get(id(weight), 0) + 1
-    is_pretrained = hasattr(model, "base_model_prefix")
-    for name, module in model.named_modules():
-        if not is_dense_linear(module) or module is head or owners[id(module._parameters["weight"])] > 1:
-            continue
-        if is_pretrained and name.split(".")[0] in HEAD_NAMES:
-            continue
-        yield name, module
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_dense_linear(module) and owners[id(module._parameters["weight"])] == 1
+    ]
+    inside = [(name, module) for name, module in layers if name.startswith(blocks)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    yield from inside or [(name, module) for name, module in layers if module is not head]
 
 
 def refuse_fused_experts(model: nn.Module) -> None:

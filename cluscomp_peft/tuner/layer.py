@@ -3,13 +3,13 @@
     ClusCompLinear        base_layer: ClusteredLinear      y = base_layer(x, deltas of the active adapters)
     ClusCompDenseLinear   base_layer: nn.Linear, Conv1D    y = x ((W + Σ ΔC[codes]) · (1 + Σδ))ᵀ + bias
 
-An adapter of a layer is two small modules under its name. `cluscomp_delta` holds what trains, fp32, in units:
+What an adapter of a layer trains is a small module under its name, `cluscomp_delta`, fp32, in units:
 
-    codebook [m, n, g], scale_in [in], scale_out [out]        ΔC = codebook · units[0],   δ = scale · units[1]
+    codebook [m, n, g], scale_in [in], scale_out [out]        ΔC = codebook · unit,   δ = scale · unit
 
-`cluscomp_state` holds what is frozen: `units` [2], and on a dense base the packed `codes` that ΔC is laid out by. The
-units are powers of two near RMS(codebook) · delta_scale: multiplying by them is exact, and one learning rate fits every
-layer. They are stored because they decide what the numbers mean, whatever base the adapter meets later.
+The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
+them is exact. They belong to the process, not to the adapter: files hold absolute deltas, which mean the same on
+whatever base they meet later. Tensors read from a file are absolute until [`ClusCompLayer.settle`] divides them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
-from ..linear import ClusteredLinear, Delta, weight_of
+from ..linear import ClusteredLinear, Delta, apply_deltas, weight_of
 from .config import ClusCompConfig
 
 __all__ = ["ClusCompDenseLinear", "ClusCompLayer", "ClusCompLinear"]
@@ -48,20 +48,11 @@ class DeltaWeights(nn.Module):
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
 
-class AdapterState(nn.Module):
-    """The frozen numbers of one adapter in one layer: `units` [2] fp32 and, on a dense base, `codes`."""
-
-    def __init__(self, units: torch.Tensor, codes: torch.Tensor | None) -> None:
-        super().__init__()
-        self.units = nn.Parameter(units, requires_grad=False)
-        self.register_parameter("codes", None if codes is None else nn.Parameter(codes, requires_grad=False))
-
-
 class ClusCompLayer(BaseTunerLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ("cluscomp_state",)
+    other_param_names = ()
 
     base_layer: nn.Module
 
@@ -69,7 +60,8 @@ class ClusCompLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.cluscomp_delta = nn.ModuleDict({})
-        self.cluscomp_state = nn.ModuleDict({})
+        self._delta_scales: dict[str, float] = {}
+        self._units: dict[str, tuple[float, float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # What merging replaced, kept so that unmerging restores it bit for bit.
@@ -83,14 +75,16 @@ class ClusCompLayer(BaseTunerLayer):
         """How the codes of this layer's base are stored."""
         raise NotImplementedError
 
-    def codes_of(self, adapter_name: str) -> torch.Tensor:
-        """The packed codes that the adapter's codebook belongs to."""
+    def fingerprint(self) -> str:
+        """Digest of the codes of this layer's base."""
         raise NotImplementedError
 
-    def _add(
-        self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec, rms: float, codes: torch.Tensor | None
-    ) -> None:
-        """Creates the adapter for a base stored as `spec`, whose codebook has this RMS."""
+    def base_values(self) -> torch.Tensor:
+        """What units are relative to: the codebook, or on a dense base the weight."""
+        raise NotImplementedError
+
+    def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:
+        """Creates the adapter for a base stored as `spec`."""
         if config.num_blocks > self.in_features:
             raise ValueError(
                 f"num_blocks={config.num_blocks} is more than the {self.in_features} input channels of a layer; a "
@@ -100,26 +94,40 @@ class ClusCompLayer(BaseTunerLayer):
         train_out = spec.scale_out if config.train_scales is None else config.train_scales
         spec = ClusterSpec(spec.group_size, spec.num_clusters, config.num_blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
-        unit = _power_of_two(rms * config.delta_scale)
-        units = torch.tensor([unit, _power_of_two(_SCALE_SHARE * config.delta_scale)], device=self._home)
-        state = AdapterState(units, codes)
+        self._delta_scales[adapter_name] = config.delta_scale
+        rms = self.set_units(adapter_name)
         if config.expects_weights:
-            for parameter in [*delta.parameters(), state.units]:
+            for parameter in delta.parameters():
                 parameter.data.fill_(math.nan)
             self._pending.add(adapter_name)
         elif not config.init_weights:
-            nn.init.normal_(delta.codebook, std=_RANDOM_STD * rms / unit)
-            for scale in (delta.scale_in, delta.scale_out):
-                if scale is not None:
-                    nn.init.normal_(scale, std=_RANDOM_STD / float(units[1]) if units.device.type != "meta" else 1)
+            for key, parameter in delta.named_parameters():
+                size = rms if key == "codebook" else 1.0
+                nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
         self.cluscomp_delta[adapter_name] = delta
-        self.cluscomp_state[adapter_name] = state
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._pending.discard(adapter_name)
+        self._delta_scales.pop(adapter_name, None)
+        self._units.pop(adapter_name, None)
+
+    def unit_of(self, adapter_name: str, key: str) -> float:
+        """What one unit of an adapter's tensor ("codebook", "scale_in", "scale_out") stands for."""
+        return self._units[adapter_name][0 if key == "codebook" else 1]
+
+    def set_units(self, adapter_name: str, values: torch.Tensor | None = None) -> float:
+        """Fixes an adapter's units by the RMS of `values`, by default of what the base holds; returns that RMS."""
+        values = self.base_values() if values is None else values
+        rms = 1.0
+        if values.device.type != "meta":
+            rms = float(values.detach().float().square().mean().sqrt())
+            rms = rms if rms > 0 and math.isfinite(rms) else 1.0
+        scale = self._delta_scales[adapter_name]
+        self._units[adapter_name] = (_power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale))
+        return rms
 
     def deltas(self, adapter_names: list[str]) -> list[Delta]:
         """The deltas of those of the adapters that this layer has, in absolute units, differentiable."""
@@ -127,21 +135,21 @@ class ClusCompLayer(BaseTunerLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            delta, units = self.cluscomp_delta[name], self.cluscomp_state[name].units
-            scales = [
-                None if scale is None else scale.float() * units[1] for scale in (delta.scale_in, delta.scale_out)
-            ]
-            found.append(Delta(delta.codebook.float() * units[0], *scales))
+            values = {
+                key: parameter.float() * self.unit_of(name, key)
+                for key, parameter in self.cluscomp_delta[name].named_parameters()
+            }
+            found.append(Delta(**values))
         return found
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
         """Overwrites an adapter's numbers with `total`, given in absolute units."""
-        delta, units = self.cluscomp_delta[adapter_name], self.cluscomp_state[adapter_name].units
+        delta = self.cluscomp_delta[adapter_name]
         with torch.no_grad():
-            delta.codebook.copy_(total.codebook / units[0])
-            for scale, value in ((delta.scale_in, total.scale_in), (delta.scale_out, total.scale_out)):
-                if scale is not None:
-                    scale.copy_(torch.zeros_like(scale) if value is None else value / units[1])
+            for key, value in total._asdict().items():
+                parameter = getattr(delta, key)
+                if parameter is not None:
+                    parameter.copy_(0 if value is None else value / self.unit_of(adapter_name, key))
 
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
@@ -153,26 +161,42 @@ class ClusCompLayer(BaseTunerLayer):
         device = device or self._base_device()
         if device.type == "meta":
             return
-        for module in (self.cluscomp_delta, self.cluscomp_state):
-            if adapter_name in module and not _has_meta(module[adapter_name]):
-                module[adapter_name].to(device)
+        if adapter_name in self.cluscomp_delta and not _has_meta(self.cluscomp_delta[adapter_name]):
+            self.cluscomp_delta[adapter_name].to(device)
         if self._pending and not _has_meta(self.base_layer):
             self.base_layer.to(device)
 
-    def _check_loaded(self, adapter_names: list[str]) -> None:
-        """Refuses adapters whose saved weights never arrived; costs nothing once they have."""
+    def settle(self, adapter_names: list[str]) -> None:
+        """Takes in adapters whose weights were loaded past PEFT's hooks, as transformers' `model.load_adapter` does.
+
+        Such tensors are absolute; they are brought to units in place. Costs nothing once it is done.
+
+        Raises:
+            RuntimeError: If weights were to be loaded and never arrived.
+        """
         if not self._pending or torch.compiler.is_compiling():
             return
         for name in self._pending.intersection(adapter_names):
-            values = [*self.cluscomp_delta[name].parameters(), self.cluscomp_state[name].units]
-            values += [value for value in self.base_layer.parameters() if value.is_floating_point()]
-            if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
-                raise RuntimeError(
-                    f"adapter {name!r} was made from the config of a saved adapter, but its weights were not loaded. "
-                    "Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with the same "
-                    "settings, use dataclasses.replace(config, fingerprint=None)."
-                )
+            self._refuse_unloaded(name)
+            self.set_units(name)
+            with torch.no_grad():
+                for key, parameter in self.cluscomp_delta[name].named_parameters():
+                    parameter.div_(self.unit_of(name, key))
             self._pending.discard(name)
+
+    def loaded(self, adapter_name: str) -> None:
+        """Notes that PEFT's hooks saw the weights, which are in units already."""
+        self._pending.discard(adapter_name)
+
+    def _refuse_unloaded(self, adapter_name: str) -> None:
+        values = [*self.cluscomp_delta[adapter_name].parameters()]
+        values += [value for value in self.base_layer.parameters() if value.is_floating_point()]
+        if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
+            raise RuntimeError(
+                f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not loaded. "
+                "Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with the same "
+                "settings, use dataclasses.replace(config, fingerprint=None)."
+            )
 
     # -- merging
 
@@ -193,7 +217,7 @@ class ClusCompLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
         if not names:
             return
-        self._check_loaded(names)
+        self.settle(names)
         # From the unmerged base, so that merging one adapter after another rounds once, as running both does.
         already = list(self.merged_adapters)
         self.unmerge(warn=False)
@@ -265,12 +289,9 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
 
     def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
         """Adds an adapter; `spec` is what a saved one was made for, by default what the base is now."""
-        codebook = self.base_tensor("codebook")
-        assert codebook is not None
         if not self._pending:
-            self._home = codebook.device
-        rms = 1.0 if codebook.device.type == "meta" else _rms(codebook)
-        self._add(adapter_name, config, spec or self.base_spec(), rms, None)
+            self._home = self.base_layer.codes.device
+        self._add(adapter_name, config, spec or self.base_spec())
 
     def base_spec(self) -> ClusterSpec:
         shape, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
@@ -278,12 +299,13 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         blocks, clusters, group_size = shape.shape
         return ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
 
-    def codes_of(self, adapter_name: str) -> torch.Tensor:
-        return self.base_layer.codes
-
-    def fingerprint(self, adapter_name: str) -> str:
-        """Digest of the codes that the adapter belongs to."""
+    def fingerprint(self) -> str:
         return self.base_layer.fingerprint()
+
+    def base_values(self) -> torch.Tensor:
+        codebook = self.base_tensor("codebook")
+        assert codebook is not None
+        return codebook
 
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         deltas = self.deltas(adapter_names)
@@ -297,7 +319,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         """The layer with the active adapters for x [..., in]: [..., out]."""
         if self._runs_as_base(kwargs):
             return self.base_layer(x, *args, **kwargs)
-        self._check_loaded(self.active_adapters)
+        self.settle(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
         return self.base_layer(x, self.deltas(self.active_adapters))
 
@@ -314,7 +336,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
 
 
 class ClusCompDenseLinear(nn.Module, ClusCompLayer):
-    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`; every adapter has its own frozen codes."""
+    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all adapters."""
 
     base_layer: nn.Linear | Conv1D
 
@@ -326,60 +348,45 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         device: torch.device,
         spec: ClusterSpec,
         codes: torch.Tensor | None,
-        rms: float,
     ) -> None:
         super().__init__()
         out_features, in_features = weight_of(base_layer).shape
         ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
-        self._specs: dict[str, ClusterSpec] = {}
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, spec, codes, rms)
-
-    def update_layer(
-        self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec, codes: torch.Tensor | None, rms: float
-    ) -> None:
-        """Adds an adapter for codes of the weight stored as `spec`; None: zeros, to be loaded."""
-        if codes is None:
-            width = packed_width(num_groups(self.out_features, spec.group_size), spec.code_bits)
-            codes = torch.zeros(self.in_features, width, dtype=torch.uint8, device=self._home)
+        if codes is None:  # to be loaded
+            width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
+            codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
+        self.codes = nn.Parameter(codes, requires_grad=False)
         # A dense weight takes scales for nothing, so they train unless the config says no.
-        self._specs[adapter_name] = spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
-        self._add(adapter_name, config, spec, rms, codes)
+        self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._specs.pop(adapter_name, None)
+    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
+        """Adds an adapter; `spec` is what a saved one was made for."""
+        self._add(adapter_name, config, spec or self._spec)
 
     def base_spec(self) -> ClusterSpec:
-        return next(iter(self._specs.values()))
+        return self._spec
 
-    def spec_of(self, adapter_name: str) -> ClusterSpec:
-        """How the adapter's codes are stored."""
-        return self._specs[adapter_name]
+    def fingerprint(self) -> str:
+        return fingerprint(self.codes, self.out_features, self._spec)
 
-    def codes_of(self, adapter_name: str) -> torch.Tensor:
-        return self.cluscomp_state[adapter_name].codes
-
-    def fingerprint(self, adapter_name: str) -> str:
-        """Digest of the codes that the adapter belongs to."""
-        return fingerprint(self.codes_of(adapter_name), self.out_features, self._specs[adapter_name])
+    def base_values(self) -> torch.Tensor:
+        weight = self.base_tensor("weight")
+        assert weight is not None
+        return weight
 
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         weight = self.base_layer.weight
         deltas = self.deltas(adapter_names)
         scale_in, scale_out = _total_scales(deltas)
         with torch.no_grad():
-            merged = weight_of(self.base_layer)
-            for name, delta in zip(adapter_names[:-1], deltas[:-1], strict=True):
-                merged = ops.decode(
-                    self.codes_of(name), delta.codebook, None, None, merged, out_features=self.out_features
-                )
             merged = ops.decode(
-                self.codes_of(adapter_names[-1]),
-                deltas[-1].codebook,
+                self.codes,
+                _total_codebook(deltas),
                 scale_in,
                 scale_out,
-                merged,
+                weight_of(self.base_layer),
                 out_features=self.out_features,
                 dtype=weight.dtype,
             )
@@ -393,26 +400,19 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         """The layer with the active adapters for x [..., in]: [..., out]."""
         if self._runs_as_base(kwargs):
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.cluscomp_delta]
-        self._check_loaded(names)
-        deltas = self.deltas(names)
+        self.settle(self.active_adapters)
+        deltas = self.deltas(self.active_adapters)
         scale_in, scale_out = _total_scales(deltas)
-        residual, bias = weight_of(self.base_layer), self.base_layer.bias
-        result = None
-        for name, delta in zip(names, deltas, strict=True):
-            part = ops.linear(
-                x,
-                self.codes_of(name),
-                delta.codebook,
-                scale_in,
-                scale_out,
-                residual if result is None else None,
-                bias if result is None else None,
-                out_features=self.out_features,
-            )
-            result = part if result is None else result + part
-        assert result is not None
-        return result
+        return ops.linear(
+            x,
+            self.codes,
+            _total_codebook(deltas),
+            scale_in,
+            scale_out,
+            weight_of(self.base_layer),
+            self.base_layer.bias,
+            out_features=self.out_features,
+        )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -426,6 +426,13 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         return "cluscomp." + super().__repr__()
 
 
+def _total_codebook(deltas: list[Delta]) -> torch.Tensor:
+    """Σ ΔC [m, n, g] over adapters with different numbers of blocks."""
+    zero = torch.zeros_like(deltas[0].codebook[:1])
+    codebook, _, _ = apply_deltas(zero, None, None, deltas)
+    return codebook
+
+
 def _total_scales(deltas: list[Delta]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """1 + Σδ of both kinds of scales, None where no adapter has any."""
     totals: list[torch.Tensor | None] = []
@@ -437,12 +444,6 @@ def _total_scales(deltas: list[Delta]) -> tuple[torch.Tensor | None, torch.Tenso
 
 def _power_of_two(value: float) -> float:
     return 2.0 ** round(math.log2(value))
-
-
-def _rms(codebook: torch.Tensor) -> float:
-    """RMS of a codebook; 1 for a matrix of zeros, or one that is still to be loaded."""
-    rms = float(codebook.detach().float().square().mean().sqrt())
-    return rms if rms > 0 and math.isfinite(rms) else 1.0
 
 
 def _has_meta(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@ the tuner layers in place, and says what an adapter file holds.
 
     plan      match names, validate settings, weights, saved file and fingerprint; nothing is changed, errors end here
     replace   compressed layer → ClusCompLinear; dense layer → K-means → ClusCompLinear or ClusCompDenseLinear
-    save      deltas, units, codes where the base was dense; layout and fingerprint go into the config
+    save      deltas in absolute numbers, codes where the base was dense; layout and fingerprint go into the config
 """
 
 from __future__ import annotations
@@ -220,12 +220,8 @@ class ClusCompModel(BaseTuner):
                     f"this adapter belongs to a compressed model (fingerprint {config.fingerprint}), but {name} is a "
                     "dense layer; load the adapter on the compressed checkpoint that it was trained on."
                 )
-        fixed = [
-            module.base_layer if isinstance(module, ClusCompLinear) else module
-            for module in layers.values()
-            if isinstance(module, (ClusCompLinear, ClusteredLinear))
-        ]
-        if len(fixed) == len(layers) and all(layer.codes.device.type != "meta" for layer in fixed):
+        fixed = [layer for layer in layers.values() if isinstance(layer, (ClusCompLayer, ClusteredLinear))]
+        if len(fixed) == len(layers) and not any(_on_meta(layer) for layer in fixed):
             found = combine_fingerprints(layer.fingerprint() for layer in fixed)
             if found != config.fingerprint:
                 raise ValueError(
@@ -258,10 +254,8 @@ class ClusCompModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         saved = self._saved_specs(peft_config, [current_key]).get(current_key) if peft_config.expects_weights else None
-        if isinstance(target, ClusCompLinear):
+        if isinstance(target, ClusCompLayer):
             target.update_layer(adapter_name, peft_config, saved)
-        elif isinstance(target, ClusCompDenseLinear):
-            target.update_layer(adapter_name, peft_config, *self._dense_codes(current_key, target, peft_config, saved))
         else:
             self._replace_module(
                 parent, target_name, self._new_layer(peft_config, adapter_name, target, current_key, saved), target
@@ -279,8 +273,8 @@ class ClusCompModel(BaseTuner):
             return ClusCompLinear(target, adapter_name, config, target.codes.device, spec=saved)
         weight = weight_of(target)
         if config.base == "dense":
-            spec, codes, rms = self._dense_codes(name, target, config, saved)
-            return ClusCompDenseLinear(target, adapter_name, config, weight.device, spec, codes, rms)
+            spec, codes = self._dense_codes(name, target, config, saved)
+            return ClusCompDenseLinear(target, adapter_name, config, weight.device, spec, codes)
         dtype = self._codebook_dtype(target, config)
         if saved is not None or weight.device.type == "meta":
             # Nothing to cluster: codes come with the file. Built apart from init_empty_weights' patched registration.
@@ -300,22 +294,20 @@ class ClusCompModel(BaseTuner):
 
     def _dense_codes(
         self, name: str, target: nn.Module, config: ClusCompConfig, saved: ClusterSpec | None
-    ) -> tuple[ClusterSpec, torch.Tensor | None, float]:
-        """Spec, packed codes and codebook RMS for an adapter on a dense weight; codes are None where a file has them."""
-        dense = target.get_base_layer() if isinstance(target, ClusCompDenseLinear) else target
+    ) -> tuple[ClusterSpec, torch.Tensor | None]:
+        """Spec and packed codes for an adapter on a dense weight; codes are None where a file has them."""
         if saved is not None:
-            return saved, None, 1.0
-        spec = self._spec(name, dense, config)
+            return saved, None
+        spec = self._spec(name, target, config)
         spec = ClusterSpec(spec.group_size, spec.num_clusters)
-        weight = weight_of(dense)
+        weight = weight_of(target)
         if weight.device.type == "meta":
-            return spec, None, 1.0
-        packed, codebook, _, _ = cluster_codes(
+            return spec, None
+        packed, _, _, _ = cluster_codes(
             weight, spec, codebook_dtype=torch.float32, iterations=config.iterations, seed=config.seed, name=name
         )
         self._tick()
-        rms = float(codebook.square().mean().sqrt())
-        return spec, packed, rms if rms > 0 else 1.0
+        return spec, packed
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight, which a clustered layer decodes at every access.
@@ -359,7 +351,7 @@ class ClusCompModel(BaseTuner):
             combination_type (`str`): "linear", the only kind that means something for codebooks.
 
         Raises:
-            ValueError: If an adapter is missing, the numbers do not match, or codes differ on a dense base.
+            ValueError: If an adapter is missing or the numbers do not match.
         """
         if adapter_name in self.peft_config:
             return
@@ -375,13 +367,6 @@ class ClusCompModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, ClusCompLayer) and any(adapter in layer.cluscomp_delta for adapter in adapters)
         }
-        for name, layer in layers.items():
-            codes = [layer.codes_of(adapter) for adapter in adapters if adapter in layer.cluscomp_delta]
-            if any(not torch.equal(codes[0], other) for other in codes[1:]):
-                raise ValueError(
-                    f"the adapters have different codes in {name}, so their codebooks cannot be added; create them "
-                    "with the same seed and settings."
-                )
         configs = [self.peft_config[name] for name in adapters]
         config = copy.copy(configs[0])
         config._expects_weights, config._source = False, None
@@ -425,12 +410,13 @@ class ClusCompModel(BaseTuner):
                 continue
             dense_born = isinstance(layer, ClusCompDenseLinear) or layer.dense_dtype is not None
             config.carries_codes |= dense_born
-            specs[name.removeprefix(_FILE_PREFIX)] = (
-                layer.spec_of(adapter_name) if isinstance(layer, ClusCompDenseLinear) else layer.base_spec()
-            )
-            codes = layer.codes_of(adapter_name)
-            if codes.device.type != "meta":
-                fingerprints.append(layer.fingerprint(adapter_name))
+            specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
+            if not _on_meta(layer):
+                layer.settle([adapter_name])
+                fingerprints.append(layer.fingerprint())
+            prefix = f"{name}.cluscomp_delta.{adapter_name}."
+            for key in [key for key in selected if key.startswith(prefix)]:
+                selected[key] = selected[key] * layer.unit_of(adapter_name, key.removeprefix(prefix))
             if isinstance(layer, ClusCompLinear) and dense_born:
                 for key in _BASE_TENSORS:
                     tensor = layer.base_tensor(key)
@@ -449,9 +435,18 @@ class ClusCompModel(BaseTuner):
         """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():
-            if not isinstance(layer, ClusCompLinear) or set(layer.cluscomp_delta) <= {adapter_name}:
+            if not isinstance(layer, ClusCompLayer) or adapter_name not in layer.cluscomp_delta:
                 continue
             bare = name.removeprefix(_FILE_PREFIX)
+            codebook = mapped.get(f"{name}.base_layer.codebook", mapped.get(f"{_FILE_PREFIX}{bare}.base_layer.codebook"))
+            if codebook is not None:
+                layer.set_units(adapter_name, codebook)
+            prefix = f"{name}.cluscomp_delta.{adapter_name}."
+            for key in [key for key in mapped if key.startswith(prefix)]:
+                mapped[key] = mapped[key] / layer.unit_of(adapter_name, key.removeprefix(prefix))
+                layer.loaded(adapter_name)
+            if not isinstance(layer, ClusCompLinear) or len(layer.cluscomp_delta) == 1:
+                continue
             for key in _BASE_TENSORS:
                 for spelling in (f"{bare}.base_layer.{key}", f"{_FILE_PREFIX}{bare}.base_layer.{key}"):
                     saved, present = mapped.pop(spelling, None), layer.base_tensor(key)
@@ -497,6 +492,11 @@ def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype
     )
 
 
+def _on_meta(layer: ClusCompLayer | ClusteredLinear) -> bool:
+    layer = layer.base_layer if isinstance(layer, ClusCompLinear) else layer
+    return layer.codes.device.type == "meta"
+
+
 def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
     """Reads the header of a saved adapter: it must be whole and have tensors for every layer."""
     try:
@@ -504,9 +504,9 @@ def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
             keys = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut off ({error}); copy or download the adapter again.") from error
-    wanted = ["cluscomp_delta.codebook", "cluscomp_state.units"]
+    wanted = ["cluscomp_delta.codebook"]
     if config.carries_codes:
-        wanted += ["base_layer.codes", "base_layer.codebook"] if config.base == "clustered" else ["cluscomp_state.codes"]
+        wanted += ["base_layer.codes", "base_layer.codebook"] if config.base == "clustered" else ["codes"]
     for name in names:
         for key in wanted:
             if not {f"{_FILE_PREFIX}{name}.{key}", f"{name}.{key}"} & keys:
