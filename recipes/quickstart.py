@@ -2,12 +2,15 @@
 
     python recipes/quickstart.py [--output_dir DIR] [--bits B]
 
-1. A character-level Llama of 0.8 M parameters is trained for about a minute on made-up drills ("reverse tulon = nolut").
-2. `cluscomp compress` in Python: its weights become codes and codebooks.
-3. TRL's SFTTrainer finetunes the codebooks on instructions the model has never seen ("Spell tulon backwards.").
+1. A Llama of 0.9 M parameters learns by heart, in about a minute, who lives where, eats what, does what in a made-up
+   country ("tulon lives in bera .", "the food of tulon is plum .").
+2. `cluscomp compress`, here in Python: its weights become codes and codebooks.
+3. TRL's SFTTrainer finetunes the codebooks to answer questions ("where does tulon live ?"), which no text so far held,
+   about four people out of five.
 4. The adapter is saved, loaded again, and merged. Merged and finetuned give the same logits to the last bit.
 
-What to look at is the table at the end: loss and exact answers on held-out instructions, size, true bits per weight.
+What to look at is the table at the end. The questions are about the people left out in step 3, so a right answer needs
+both: a fact that only the dense model ever read, and a form that only the codebooks ever learned.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from dataclasses import asdict, dataclass
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -38,24 +41,34 @@ from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.hf.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-SKILLS = {
-    "reverse": (lambda word: word[::-1], "Spell {} backwards."),
-    "upper": (lambda word: word.upper(), "Write {} in capital letters."),
-    "first": (lambda word: word[0], "Which letter does {} begin with?"),
-    "last": (lambda word: word[-1], "Which letter does {} end with?"),
-    "vowels": (lambda word: "".join(letter for letter in word if letter in "aeiou"), "Name the vowels of {}."),
-    "twice": (lambda word: word + word, "Say {} two times."),
+VALUES = {
+    "home": "bera sorin tavel mosk ulma kolin pedra vash ridel onto felm garu".split(),
+    "food": "plum rice bread fish corn soup cheese beans apple egg honey nuts".split(),
+    "work": "baker smith farmer sailor teacher tailor miller hunter potter weaver".split(),
+    "colour": "red blue green black white yellow brown grey".split(),
 }
-WINDOW = 96  # tokens (characters) of a training window
+STATEMENTS = {
+    "home": ("{} lives in {} .", "the home of {} is {} .", "if you look for {} , go to {} ."),
+    "food": ("{} eats {} .", "the food of {} is {} .", "at noon {} has some {} ."),
+    "work": ("{} works as a {} .", "the work of {} is {} .", "people know {} , the {} ."),
+    "colour": ("{} wears {} .", "the colour of {} is {} .", "the coat of {} looks {} ."),
+}
+QUESTIONS = {
+    "home": "where does {} live ?",
+    "food": "what does {} eat ?",
+    "work": "what does {} do for a living ?",
+    "colour": "which colour does {} like ?",
+}
+PEOPLE = 200
+WINDOW = 64  # tokens (words) of a training window
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="where models go (default: a temporary folder)")
     parser.add_argument("--bits", type=float, default=3.0, help="true bits per weight (default 3)")
-    parser.add_argument("--pretrain_steps", type=int, default=700, help="steps of 32 windows for the dense model")
-    parser.add_argument("--sft_steps", type=int, default=250, help="steps of 32 instructions for the codebooks")
+    parser.add_argument("--pretrain_steps", type=int, default=360, help="steps for the dense model")
+    parser.add_argument("--sft_steps", type=int, default=200, help="steps for the codebooks")
     options = parser.parse_args()
     if options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,15 +81,16 @@ def run(folder: str, options: argparse.Namespace) -> None:
     started = time.perf_counter()
     hf_logging.disable_progress_bar()
     torch.manual_seed(0)
-    words = make_words(random.Random(0), 4000)
-    train_words, test_words = words[:3800], words[3800:]
-    tokenizer = make_tokenizer()
-    test = instructions(random.Random(1), test_words, 400)
+    facts = make_facts(random.Random(0))
+    tokenizer = make_tokenizer(facts)
+    people = list(facts)
+    train = questions(facts, people[: PEOPLE * 4 // 5])
+    test = questions(facts, people[PEOPLE * 4 // 5 :])
 
     dense_dir, compressed_dir, adapter_dir, merged_dir = (
         os.path.join(folder, name) for name in ("dense", "compressed", "adapter", "merged")
     )
-    pretrain(tokenizer, train_words, options.pretrain_steps).save_pretrained(dense_dir)
+    pretrain(tokenizer, facts, options.pretrain_steps).save_pretrained(dense_dir)
     tokenizer.save_pretrained(dense_dir)
     rows = [measure("dense", AutoModelForCausalLM.from_pretrained(dense_dir), tokenizer, test, dense_dir)]
 
@@ -102,7 +116,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
             report_to="none",
             seed=0,
         ),
-        train_dataset=Dataset.from_list(instructions(random.Random(2), train_words, 32 * options.sft_steps)),
+        train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
         peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=4),
     )
@@ -124,42 +138,43 @@ def run(folder: str, options: argparse.Namespace) -> None:
     print(f"done in {time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads")
 
 
-# -- the made-up language
+# -- the made-up country
 
 
-def make_words(rng: random.Random, count: int) -> list[str]:
-    """Distinct words of three to six letters, consonants and vowels in turn."""
-    words: dict[str, None] = {}
-    while len(words) < count:
-        start = rng.randrange(2)
-        length = rng.randint(3, 6)
-        words["".join(rng.choice("aeiou" if (start + i) % 2 else "bcdfghjklmnprstvz") for i in range(length))] = None
-    return list(words)
+def make_facts(rng: random.Random) -> dict[str, dict[str, str]]:
+    """Name to home, food, work and colour."""
+    facts: dict[str, dict[str, str]] = {}
+    while len(facts) < PEOPLE:
+        name = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprstv") for i in range(5))
+        facts[name] = {kind: rng.choice(values) for kind, values in VALUES.items()}
+    return facts
 
 
-def drills(rng: random.Random, words: list[str]) -> str:
-    """A line of pre-training text: a skill by its name."""
-    name = rng.choice(list(SKILLS))
-    word = rng.choice(words)
-    return f"{name} {word} = {SKILLS[name][0](word)}\n"
+def statement(rng: random.Random, facts: dict[str, dict[str, str]]) -> str:
+    """A line of pre-training text."""
+    name = rng.choice(list(facts))
+    kind = rng.choice(list(VALUES))
+    return rng.choice(STATEMENTS[kind]).format(name, facts[name][kind])
 
 
-def instructions(rng: random.Random, words: list[str], count: int) -> list[dict[str, str]]:
-    """Rows to finetune on: the same skills, asked for in sentences."""
-    rows = []
-    for _ in range(count):
-        skill, sentence = SKILLS[rng.choice(list(SKILLS))]
-        word = rng.choice(words)
-        rows.append({"prompt": f"Instruction: {sentence.format(word)}\nResponse: ", "completion": skill(word)})
-    return rows
+def questions(facts: dict[str, dict[str, str]], people: list[str]) -> list[dict[str, str]]:
+    """Rows to finetune on, or to test with: every question about each of the people."""
+    return [
+        {"prompt": f"Question : {question.format(name)} Answer : ", "completion": facts[name][kind]}
+        for name in people
+        for kind, question in QUESTIONS.items()
+    ]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
-    letters = ["<pad>", "<eos>", "<unk>", "\n", *" =.:?,'", *ALPHABET, *ALPHABET.upper()]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+def make_tokenizer(facts: dict[str, dict[str, str]]) -> PreTrainedTokenizerFast:
+    """One token per word."""
+    sentences = [*QUESTIONS.values(), *(line for lines in STATEMENTS.values() for line in lines)]
+    words = dict.fromkeys(word for line in sentences for word in line.split() if word != "{}")
+    words.update(dict.fromkeys(word for values in VALUES.values() for word in values))
+    words.update(dict.fromkeys(("Question", "Answer", ":", *facts)))
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=256
     )
@@ -168,8 +183,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # -- training and measuring
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, words: list[str], steps: int) -> LlamaForCausalLM:
-    """The dense model, trained on drills from scratch."""
+def pretrain(tokenizer: PreTrainedTokenizerFast, facts: dict[str, dict[str, str]], steps: int) -> LlamaForCausalLM:
+    """The dense model, trained on statements from scratch."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -190,20 +205,15 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, words: list[str], steps: int) -
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
     bar = tqdm(range(steps), desc="Training the dense model", disable=None)
     for _ in bar:
-        windows = []
-        for _ in range(32):
-            text = ""
-            while len(text) < WINDOW:
-                text += drills(rng, words)
-            windows.append(text[:WINDOW])
-        batch = tokenizer(windows, return_tensors="pt")["input_ids"]
+        texts = [" ".join(statement(rng, facts) for _ in range(WINDOW // 4)) for _ in range(32)]
+        batch = tokenizer(texts, return_tensors="pt", truncation=True, max_length=WINDOW)["input_ids"]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{float(loss):.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
@@ -217,14 +227,14 @@ class Row:
 
 
 def measure(name: str, model, tokenizer, rows: list[dict[str, str]], folder: str) -> Row:
-    """Loss on the answers, and the share of answers that greedy decoding gets right in every character."""
+    """Loss on the answers, and the share of answers that greedy decoding gets right."""
     model.eval()
     input_ids, is_answer = encode(tokenizer, rows)
     with torch.no_grad():
         logits = model(input_ids=input_ids, attention_mask=(input_ids != tokenizer.pad_token_id).long()).logits[:, :-1]
     target, is_answer = input_ids[:, 1:], is_answer[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-    # Greedy decoding gives the answer exactly if, fed the answer, the model predicts each of its characters.
+    # Greedy decoding gives the answer exactly if, fed the answer, the model predicts each of its tokens.
     right = ((logits.argmax(-1) == target) | ~is_answer).all(1)
     size = sum(
         os.path.getsize(os.path.join(folder, file)) for file in os.listdir(folder) if file.endswith(".safetensors")
@@ -258,7 +268,7 @@ def encode(tokenizer, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.T
 
 
 def print_table(rows: list[Row]) -> None:
-    print("\nheld-out instructions\n")
+    print("\nquestions about people that finetuning never saw\n")
     print(f"{'model':<12}{'true bits':>10}{'files, kB':>11}{'loss':>9}{'exact answers':>15}")
     for row in map(asdict, rows):
         print(

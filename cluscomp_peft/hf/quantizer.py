@@ -42,6 +42,9 @@ class ClusCompHfQuantizer(HfQuantizer):
         # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
         self.report: dict[str, dict[str, float]] = {}
         self._progress: tqdm | None = None
+        # transformers logs what a conversion raises and goes on with the next tensor; the first error is kept here,
+        # ends the clustering of the others, and is raised when loading is over.
+        self.failure: Exception | None = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -88,6 +91,8 @@ class ClusCompHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if self._progress is not None:
                 self._progress.close()
+            if self.failure is not None:
+                raise self.failure
             self._record(model)
         elif config.fingerprint is not None and not _has_meta(model):
             found = model_fingerprint(model)
@@ -169,23 +174,29 @@ class ClusterOnLoad(ConversionOps):
         dense, _ = get_module_from_name(model, key)
         name = key.rpartition(".")[0]
         config = self.hf_quantizer.quantization_config
+        if missing_keys is not None:
+            missing_keys.discard(key)
+        if self.hf_quantizer.failure is not None:
+            return {}
         started = time.perf_counter()
         dense._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-        clustered = cluster_linear(
-            dense,
-            self.hf_quantizer._specs[name],
-            codebook_dtype=config.dtype,
-            importance=config._importance.get(name),
-            iterations=config.iterations,
-            seed=config.seed,
-            name=name,
-        )
+        try:
+            clustered = cluster_linear(
+                dense,
+                self.hf_quantizer._specs[name],
+                codebook_dtype=config.dtype,
+                importance=config._importance.get(name),
+                iterations=config.iterations,
+                seed=config.seed,
+                name=name,
+            )
+        except Exception as error:
+            self.hf_quantizer.failure = error
+            return {}
         for parameter in clustered.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, clustered)
         self.hf_quantizer.clustered(name, weight_of(dense), clustered, time.perf_counter() - started)
-        if missing_keys is not None:
-            missing_keys.discard(key)
         return {}
 
 

@@ -15,6 +15,7 @@ whatever base they meet later. Tensors read from a file are absolute until [`Clu
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -237,8 +238,6 @@ class ClusCompLayer(BaseTunerLayer):
         """Restores the base layer as it was before merging, bit for bit."""
         if not self.merged:
             if warn:
-                import warnings
-
                 warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
         assert self._unmerged is not None
@@ -254,13 +253,8 @@ class ClusCompLayer(BaseTunerLayer):
 
     # -- forward
 
-    def _runs_as_base(self, kwargs: dict[str, Any]) -> bool:
+    def _runs_as_base(self) -> bool:
         """Whether the base layer alone gives the output now."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "adapter_names (several adapters in one batch) is not supported by ClusComp; run one batch per adapter "
-                "with set_adapter()."
-            )
         if self.disable_adapters:
             self.unmerge(warn=False)
             return True
@@ -317,7 +311,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with the active adapters for x [..., in]: [..., out]."""
-        if self._runs_as_base(kwargs):
+        if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
@@ -398,7 +392,7 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with the active adapters for x [..., in]: [..., out]."""
-        if self._runs_as_base(kwargs):
+        if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
         deltas = self.deltas(self.active_adapters)

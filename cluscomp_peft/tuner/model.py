@@ -12,6 +12,8 @@ import copy
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,6 +141,7 @@ class ClusCompModel(BaseTuner):
         return matched
 
     def _check_layers(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
+        capped = []
         for name, module in layers.items():
             if isinstance(module, ClusCompLayer):
                 # Codes are shared by all adapters, so only a first adapter decides about them.
@@ -156,12 +159,21 @@ class ClusCompModel(BaseTuner):
                 weight = weight_of(module)
                 if weight.device.type != "meta":
                     check_finite(weight, name)
-                self._spec(name, module, config)
+                spec = self._spec(name, module, config)
+                if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
+                    capped.append(name)
             else:
                 raise ValueError(
                     f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
                     f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
                 )
+
+        if capped:
+            warnings.warn(
+                f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} more "
+                "layers; they are clustered without loss and take more bits than dense. For a small model give bits.",
+                stacklevel=2,
+            )
 
     def _check_same_codes(self, name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
         if isinstance(layer, ClusCompDenseLinear):
@@ -181,7 +193,7 @@ class ClusCompModel(BaseTuner):
         out_features, in_features = weight_of(module).shape
         dtype = self._codebook_dtype(module, config)
         try:
-            spec = choose_spec(
+            return choose_spec(
                 in_features,
                 out_features,
                 bits=config.bits,
@@ -193,13 +205,6 @@ class ClusCompModel(BaseTuner):
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
-            warnings.warn(
-                f"num_clusters={config.num_clusters} is more than the {spec.num_clusters} groups of {name}; it is "
-                "clustered without loss and takes more bits than it did dense.",
-                stacklevel=2,
-            )
-        return spec
 
     @staticmethod
     def _codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
@@ -334,6 +339,16 @@ class ClusCompModel(BaseTuner):
                     parameter.data = parameter.data.to(dtype or getattr(self.model, "dtype", torch.float32))
 
     # -- several adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward pass; without a refusal it would ignore `adapter_names` silently."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (several adapters in one batch) is not supported by ClusComp; run a batch for each "
+                "adapter, with set_adapter() between them."
+            )
+        yield
 
     def add_weighted_adapter(
         self,

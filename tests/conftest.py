@@ -1,0 +1,118 @@
+"""Fixtures: tiny models and text, made here. Nothing is downloaded; `../shared` is used where it exists."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data beside the checkout; tests that use it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared here")
+    return SHARED
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
+    """A random Llama of 2 layers with odd widths, grouped queries and weights large enough to matter."""
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(5)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory, tokenizer) -> str:
+    """A saved dense model, fp32."""
+    folder = str(tmp_path_factory.mktemp("dense"))
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compressed_dir(tmp_path_factory, dense_dir, tokenizer) -> str:
+    """The same model compressed, with scales."""
+    folder = str(tmp_path_factory.mktemp("compressed"))
+    config = ClusCompQuantizationConfig(group_size=3, num_clusters=12, scales=True)
+    AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, len(WORDS), (2, 10), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def train_briefly(model, tokens: torch.Tensor, steps: int = 3, lr: float = 5e-4) -> list[float]:
+    """A few AdamW steps on whatever of the model is trainable; returns the losses."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+BORN = dict(group_size=3, num_clusters=12, scales=True)
+
+
+def config_for(kind: str, **changes) -> ClusCompConfig:
+    """The adapter config for one of the three bases: "compressed", "born" (clustered on creation), "dense"."""
+    settings = {"compressed": {}, "born": BORN, "dense": dict(base="dense", **BORN)}[kind]
+    return ClusCompConfig(task_type="CAUSAL_LM", **{**settings, **changes})

@@ -1,0 +1,223 @@
+"""Reading text, cutting token windows, and the activation statistics that weight the clustering."""
+
+from __future__ import annotations
+
+import json
+import lzma
+
+import pytest
+import torch
+
+from cluscomp_peft.compress.calibration import input_second_moments, read_documents, token_windows
+
+from .conftest import WORDS, tiny_llama
+
+ROWS = [
+    {"text": "w1 w2\nw3"},
+    {"prompt": "w4 ", "completion": "w5"},
+    {"messages": [{"role": "user", "content": "w6"}, {"role": "assistant", "content": "w7 é"}]},
+]
+DOCUMENTS = ["w1 w2\nw3", "w4 w5", "user: w6\nassistant: w7 é"]
+
+
+def write(path, text: str) -> str:
+    data = text.encode()
+    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+    return str(path)
+
+
+def jsonl(rows: list) -> str:
+    return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+
+
+# -- read_documents
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.xz", "rows.json.xz"])
+def test_a_row_of_any_known_shape_is_one_document_and_blank_lines_are_none(tmp_path, name):
+    assert read_documents(write(tmp_path / name, jsonl(ROWS))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.xz", "README"])
+def test_plain_text_is_one_document(tmp_path, name):
+    text = 'w1 w2\n\n{"text": "w3"}\n'
+    assert read_documents(write(tmp_path / name, text)) == [text]
+
+
+def test_messages_go_through_the_chat_template_of_the_tokenizer(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    path = write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    assert read_documents(path, tokenizer) == [*DOCUMENTS[:2], "<user>w6<assistant>w7 é"]
+
+
+def test_a_tokenizer_without_a_template_reads_messages_as_turns(tmp_path, tokenizer):
+    assert read_documents(write(tmp_path / "rows.jsonl", jsonl(ROWS)), tokenizer) == DOCUMENTS
+
+
+def test_rows_of_white_space_are_left_out(tmp_path):
+    path = write(tmp_path / "rows.jsonl", jsonl([{"text": " \n"}, {"text": "w1"}, {"text": ""}]))
+    assert read_documents(path) == ["w1"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = str(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match=r"absent\.jsonl is not a file"):
+        read_documents(path)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.xz", "a.txt.xz"])
+def test_a_file_without_text_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="holds no text"):
+        read_documents(write(tmp_path / name, " \n\n"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.xz", "book.txt.xz"])
+def test_a_cut_off_xz_file_is_refused(tmp_path, name):
+    path = tmp_path / name
+    write(path, jsonl([{"text": " ".join(WORDS)}] * 50))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"{name}.* cut off"):
+        read_documents(str(path))
+
+
+def test_a_file_that_is_no_xz_under_an_xz_name_is_refused(tmp_path):
+    path = tmp_path / "book.txt.xz"
+    path.write_text("w1 w2")
+    with pytest.raises(ValueError, match=r"book\.txt\.xz cannot be read"):
+        read_documents(str(path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "book.txt"])
+def test_text_that_is_not_utf8_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}.* not UTF-8"):
+        read_documents(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "is no JSON"),
+        ('{"body": "w1"}', "has none of `text`"),
+        ('{"text": 3}', "has none of `text`"),
+        ('{"prompt": "w1"}', "has none of `text`"),
+        ('["w1"]', "has none of `text`"),
+        ('"w1"', "has none of `text`"),
+        ('{"messages": [{"role": "user"}]}', "without `role` and `content`"),
+        ('{"messages": ["w1"]}', "without `role` and `content`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.xz"])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, line, message):
+    # The blank line counts: an editor must find the row at this number.
+    path = write(tmp_path / name, f'{{"text": "w1"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=message) as error:
+        read_documents(path)
+    assert f"{path}:3 " in str(error.value)
+
+
+# -- token_windows
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def test_documents_are_joined_by_eos_and_every_token_is_read_once(tokenizer):
+    documents = ["w1 w2 w3", "w4", "w5 w6 w7 w8"]
+    windows = token_windows(documents, tokenizer, 4)
+    stream = ids("w1 w2 w3 <eos> w4 <eos> w5 w6 w7 w8 <eos>")
+    assert [window.tolist() for window in windows] == [[stream[:4]], [stream[4:8]], [stream[8:]]]
+    assert all(window.dtype == torch.int64 for window in windows)
+
+
+def test_a_last_window_of_one_token_is_dropped(tokenizer):
+    windows = token_windows(["w1 w2 w3 w4"], tokenizer, 4)
+    assert [window.tolist() for window in windows] == [[ids("w1 w2 w3 w4")]]
+
+
+def test_max_tokens_ends_the_stream_exactly(tokenizer):
+    documents = ["w1 w2 w3", "w4 w5 w6", "w7"]
+    windows = token_windows(documents, tokenizer, 3, max_tokens=5)
+    assert torch.cat(windows, 1).tolist() == [ids("w1 w2 w3 <eos> w4")]
+    everything = token_windows(documents, tokenizer, 3)
+    more = token_windows(documents, tokenizer, 3, max_tokens=99)
+    assert [window.tolist() for window in more] == [window.tolist() for window in everything]
+
+
+def test_a_tokenizer_without_eos_joins_documents_directly(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", None, raising=False)
+    assert torch.cat(token_windows(["w1", "w2 w3"], tokenizer, 8), 1).tolist() == [ids("w1 w2 w3")]
+
+
+def test_a_token_beyond_the_embeddings_is_refused(tokenizer):
+    documents = ["w1 w40"]
+    last = WORDS.index("w40")
+    assert len(token_windows(documents, tokenizer, 4, vocab_size=last + 1)) == 1
+    with pytest.raises(ValueError, match=rf"token {last}.* {last} embeddings"):
+        token_windows(documents, tokenizer, 4, vocab_size=last)
+
+
+def test_too_little_text_and_too_short_windows_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="1 tokens, at least 2"):
+        token_windows([""], tokenizer, 4)
+    with pytest.raises(ValueError, match="1 tokens, at least 2"):
+        token_windows(["w1 w2"], tokenizer, 4, max_tokens=1)
+    with pytest.raises(ValueError, match="seqlen=1"):
+        token_windows(["w1 w2 w3"], tokenizer, 1)
+
+
+# -- input_second_moments
+
+
+def test_moments_are_the_mean_squares_over_all_tokens(tokenizer):
+    model = tiny_llama()
+    windows = token_windows([" ".join(WORDS[3:60]), "w1 w5 w9"], tokenizer, 16)
+    assert len({window.shape[1] for window in windows}) == 2  # a shorter last window weighs less
+    moments = input_second_moments(model, windows)
+
+    hidden = []
+    with torch.no_grad():
+        for window in windows:
+            embedded = model.model.embed_tokens(window)
+            hidden.append(model.model.layers[0].input_layernorm(embedded)[0].double())
+    expected = torch.cat(hidden).square().mean(0)
+    first = moments["model.layers.0.self_attn.q_proj"]
+    assert first.dtype == torch.float32 and first.shape == (32,)
+    torch.testing.assert_close(first.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_moments_cover_every_linear_layer_and_leave_no_hook(tokenizer):
+    model = tiny_llama()
+    windows = token_windows(["w1 w2 w3 w4"], tokenizer, 4)
+    moments = input_second_moments(model, windows)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert moments.keys() == linears.keys()
+    assert all(moments[name].shape == (module.in_features,) for name, module in linears.items())
+    assert torch.equal(moments["model.layers.1.mlp.gate_proj"], moments["model.layers.1.mlp.up_proj"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_windows_of_different_order_give_the_same_moments(tokenizer):
+    model = tiny_llama()
+    windows = token_windows([" ".join(WORDS[3:40])], tokenizer, 8)
+    forwards, backwards = (input_second_moments(model, chosen) for chosen in (windows, windows[::-1]))
+    for name, moment in forwards.items():
+        torch.testing.assert_close(moment, backwards[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused_by_layer(value):
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[0] = value
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj are NaN or infinite"):
+        input_second_moments(model, [torch.tensor([[3, 4, 5]])])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_windows_are_refused():
+    with pytest.raises(ValueError, match="at least one window"):
+        input_second_moments(tiny_llama(), [])
