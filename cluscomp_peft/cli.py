@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--group-size", type=int, help="weights per code; with --num-clusters, instead of --bits")
     compress.add_argument("--num-clusters", type=int, help="centroids per codebook")
     compress.add_argument(
-        "--scales", action=argparse.BooleanOptionalAction, help="store a scale per channel (default: where it is cheap)"
+        "--scales",
+        action=argparse.BooleanOptionalAction,
+        help="store a scale per channel (default: where it is cheap)",
     )
     compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
     compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
@@ -90,8 +92,8 @@ def _compress(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
     )
     print(
-        f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, relative "
-        f"error {summary['relative_error']:.4f}, {summary['bytes'] / 1e6:.1f} MB of weight files, "
+        f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
+        f"relative error {summary['relative_error']:.4f}, {summary['bytes'] / 1e6:.1f} MB of weight files, "
         f"{summary['seconds']:.1f} s"
     )
 
@@ -143,9 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if limit is not None and seqlen > limit:
         raise ValueError(f"--seqlen {seqlen} is more than the {limit} positions of the model; give at most {limit}.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    windows = token_windows(
-        documents, tokenizer, seqlen, max_tokens=options.max_tokens, vocab_size=vocabulary
-    )
+    windows = token_windows(documents, tokenizer, seqlen, max_tokens=options.max_tokens, vocab_size=vocabulary)
     if options.adapter is not None:
         from peft import PeftModel
 

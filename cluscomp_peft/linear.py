@@ -31,8 +31,8 @@ __all__ = ["ClusteredLinear", "Delta", "apply_deltas", "dense_bits", "is_dense_l
 class Delta(NamedTuple):
     """What an adapter adds to a layer, in absolute units, fp32.
 
-    codebook: [m, n, g] with any m that is a multiple or a divisor of the layer's; `scale_in` [in] and `scale_out` [out]
-    are relative, 0 leaves a scale as it is; None changes nothing.
+    codebook: [m, n, g] with any m that is a multiple or a divisor of the layer's; `scale_in` [in] and `scale_out`
+    [out] are relative, 0 leaves a scale as it is; None changes nothing.
     """
 
     codebook: torch.Tensor
@@ -143,9 +143,7 @@ class ClusteredLinear(nn.Module):
         with torch.no_grad():
             codebook, scale_in, scale_out = self.effective(deltas)
             dtype = dtype or self.codebook.dtype
-            return ops.decode(
-                self.codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype
-            )
+            return ops.decode(self.codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype)
 
     def effective(self, deltas: Sequence[Delta]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
@@ -201,7 +199,8 @@ def apply_deltas(
     scale_out: torch.Tensor | None,
     deltas: Sequence[Delta],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums `deltas` onto codebook [m, n, g] and scales; results are fp32 (fp64) but hold values of the codebook's dtype.
+    """Sums `deltas` onto codebook [m, n, g] and scales; results are fp32 (fp64) but hold values of the codebook's
+    dtype.
 
     The gradient with respect to the deltas ignores the rounding.
     """
@@ -251,13 +250,13 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
 
 
 def _refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) = floor(i·m/in)."""
+    """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) =
+    floor(i·m/in).
+    """
     return codebook if codebook.shape[0] == blocks else codebook.repeat_interleave(blocks // codebook.shape[0], 0)
 
 
-def _rescale(
-    scale: torch.Tensor | None, changes: list[torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor | None:
+def _rescale(scale: torch.Tensor | None, changes: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
     if not changes:
         return scale
     factor = 1 + sum(changes[1:], start=changes[0])

@@ -1,7 +1,7 @@
 """Runs a script or module with the plug-in imported first, for tools that cannot be edited.
 
-    python -m cluscomp_peft.run train.py --flags          as python train.py --flags
-    python -m cluscomp_peft.run -m trl.scripts.sft …      as python -m trl.scripts.sft …
+python -m cluscomp_peft.run train.py --flags          as python train.py --flags
+python -m cluscomp_peft.run -m trl.scripts.sft …      as python -m trl.scripts.sft …
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
    country ("tulon lives in bera .", "the food of tulon is plum .").
 2. `cluscomp compress`, here in Python: its weights become codes and codebooks.
 3. TRL's SFTTrainer finetunes the codebooks to answer questions ("where does tulon live ?"), which no text so far held,
-   about four people out of five.
+   about three people out of four.
 4. The adapter is saved, loaded again, and merged. Merged and finetuned give the same logits to the last bit.
 
 What to look at is the table at the end. The questions are about the people left out in step 3, so a right answer needs
@@ -59,7 +59,7 @@ QUESTIONS = {
     "work": "what does {} do for a living ?",
     "colour": "which colour does {} like ?",
 }
-PEOPLE = 200
+PEOPLE = 64
 WINDOW = 64  # tokens (words) of a training window
 
 
@@ -67,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="where models go (default: a temporary folder)")
     parser.add_argument("--bits", type=float, default=3.0, help="true bits per weight (default 3)")
-    parser.add_argument("--pretrain_steps", type=int, default=360, help="steps for the dense model")
-    parser.add_argument("--sft_steps", type=int, default=200, help="steps for the codebooks")
+    parser.add_argument("--pretrain_steps", type=int, default=250, help="steps for the dense model")
+    parser.add_argument("--sft_steps", type=int, default=150, help="steps for the codebooks")
     options = parser.parse_args()
     if options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +84,8 @@ def run(folder: str, options: argparse.Namespace) -> None:
     facts = make_facts(random.Random(0))
     tokenizer = make_tokenizer(facts)
     people = list(facts)
-    train = questions(facts, people[: PEOPLE * 4 // 5])
-    test = questions(facts, people[PEOPLE * 4 // 5 :])
+    train = questions(facts, people[: PEOPLE * 3 // 4])
+    test = questions(facts, people[PEOPLE * 3 // 4 :])
 
     dense_dir, compressed_dir, adapter_dir, merged_dir = (
         os.path.join(folder, name) for name in ("dense", "compressed", "adapter", "merged")
@@ -190,7 +190,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, facts: dict[str, dict[str, str]
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
+            initializer_range=0.08,  # a small model on little text learns faster from larger weights
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
@@ -202,7 +203,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, facts: dict[str, dict[str, str]
     )
     rng = random.Random(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 30, steps)
     bar = tqdm(range(steps), desc="Training the dense model", disable=None)
     for _ in bar:
         texts = [" ".join(statement(rng, facts) for _ in range(WINDOW // 4)) for _ in range(32)]

@@ -3,8 +3,8 @@
     python recipes/sft.py --model_name_or_path MODEL --bits 4 --dataset_name train.jsonl --output_dir out
     python recipes/sft.py --config recipes/configs/small_cpu.yaml --learning_rate 1e-4
 
-MODEL is a compressed checkpoint, or a dense one (folder or hub id), which is then compressed while it loads and kept in
-`out/base`. The data are a hub id or a .jsonl/.json/.txt file (also .xz) with `text`, `messages`, or `prompt` and
+MODEL is a compressed checkpoint, or a dense one (folder or hub id), which is then compressed while it loads and kept
+in `out/base`. The data are a hub id or a .jsonl/.json/.txt file (also .xz) with `text`, `messages`, or `prompt` and
 `completion`. Every flag of TRL's SFTConfig works. What comes out:
 
     out/base            the compressed model, if MODEL was dense       cluscomp evaluate out/base --data valid.jsonl

@@ -19,7 +19,7 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.cli import main
 from cluscomp_peft.compress.calibration import read_documents, token_windows
 
-from .conftest import WORDS, config_for, logits_of, train_briefly
+from .conftest import WORDS, config_for, logits_of, tiny_llama, train_briefly
 
 PARTS = ("codes", "codebook", "scale_in", "scale_out")
 
@@ -113,7 +113,7 @@ def test_compress_makes_what_loading_with_the_same_settings_does(tmp_path, dense
 
 
 def test_bits_are_a_bound_for_every_matrix_and_group_size_is_taken_literally(tmp_path, dense_dir, made):
-    assert all(5 < layer.true_bits <= 6 for layer in clustered(made).values())
+    assert all(4.5 < layer.true_bits <= 6 for layer in clustered(made).values())
     target = str(tmp_path / "out")
     assert main(["compress", dense_dir, target, "--group-size", "3", "--num-clusters", "12"]) == 0
     assert {tuple(layer.codebook.shape) for layer in clustered(target).values()} == {(1, 12, 3)}
@@ -132,34 +132,37 @@ def test_compress_leaves_a_card_and_a_report(made, dense_dir):
     assert "import cluscomp_peft" in card and f"{report['summary']['true_bits']:.3f}" in card
 
 
-def test_calibration_lowers_the_error_of_the_outputs(tmp_path, dense_dir, text, tokenizer):
+@pytest.fixture
+def loud_dir(tmp_path, tokenizer) -> str:
+    """A dense model whose layers get a few channels that are far louder than the others, as real models' do."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data[::8] = 10
+    model.save_pretrained(tmp_path / "loud")
+    tokenizer.save_pretrained(tmp_path / "loud")
+    return str(tmp_path / "loud")
+
+
+def test_calibration_lowers_the_error_of_the_outputs(tmp_path, loud_dir, text, tokenizer):
     plain, weighted = str(tmp_path / "plain"), str(tmp_path / "weighted")
     settings = ["--group-size", "2", "--num-clusters", "16", "--codebook-dtype", "float32"]
-    assert main(["compress", dense_dir, plain, *settings]) == 0
-    assert main(["compress", dense_dir, weighted, *settings, "--calibration", text]) == 0
+    assert main(["compress", loud_dir, plain, *settings]) == 0
+    assert main(["compress", loud_dir, weighted, *settings, "--calibration", text]) == 0
     with open(os.path.join(weighted, "cluscomp_report.json")) as file:
         assert json.load(file)["summary"]["calibration"] == os.path.basename(text)
 
-    dense = AutoModelForCausalLM.from_pretrained(dense_dir)
-    inputs = {}
-
-    def note(module, args):
-        inputs[module] = args[0][0]
-
-    layers = {name: module for name, module in dense.named_modules() if isinstance(module, torch.nn.Linear)}
-    for module in layers.values():
-        module.register_forward_pre_hook(note)
-    window = token_windows(read_documents(text), tokenizer, 64)[0]
-    logits_of(dense, window)
-
-    def error(folder: str) -> float:
-        found = clustered(folder)
-        return sum(
-            float((inputs[layers[name]] @ (layer.decode() - layers[name].weight).detach().T).square().sum())
-            for name, layer in found.items()
-        )
-
-    assert error(weighted) < 0.9 * error(plain)
+    dense = AutoModelForCausalLM.from_pretrained(loud_dir)
+    name = "model.layers.0.mlp.gate_proj"
+    inputs = []
+    dense.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    logits_of(dense, token_windows(read_documents(text), tokenizer, 64)[-2])
+    weight = dense.get_submodule(name).weight.detach()
+    error = {
+        folder: float((inputs[0] @ (clustered(folder)[name].decode() - weight).T).square().sum())
+        for folder in (plain, weighted)
+    }
+    assert error[weighted] < 0.8 * error[plain]
 
 
 def test_samples_bound_the_calibration_text(tmp_path, dense_dir, text):
@@ -265,7 +268,7 @@ def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, c
     ("flags", "message"),
     [
         (["--bits", "0.1"], "bits must be between"),
-        (["--bits", "1"], r"model\.layers\.0\.self_attn\."),
+        (["--group-size", "3", "--num-clusters", "300"], r"model\.layers\.0\.self_attn\.k_proj: .* 192 groups"),
         (["--group-size", "3"], "go together"),
         (["--bits", "6", "--codebook-dtype", "int8"], "codebook_dtype must be one of"),
         (["--bits", "6", "--calibration", "absent.txt"], r"absent\.txt is not a file"),
@@ -298,7 +301,7 @@ def test_inspect_totals_agree_with_the_file(made, capsys):
     path = os.path.join(made, "model.safetensors")
     sizes: dict[str, int] = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
+        for key in file.keys():
             tensor = file.get_tensor(key)
             name, _, part = key.rpartition(".")
             if part in PARTS:
@@ -435,13 +438,13 @@ def test_evaluate_with_an_adapter_is_the_merged_model(tmp_path, made, adapter, t
     base = output_of(capsys, "evaluate", made, "--data", text)
     adapted = output_of(capsys, "evaluate", made, "--data", text, "--adapter", adapter)
     assert adapted["loss"] != base["loss"]
-    assert adapted["true_bits"] > base["true_bits"]  # two codebooks a matrix, once merged
-
     merged = str(tmp_path / "merged")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made), adapter)
     model.merge_and_unload().save_pretrained(merged)
     AutoTokenizer.from_pretrained(made).save_pretrained(merged)
-    assert output_of(capsys, "evaluate", merged, "--data", text) == adapted
+    after = output_of(capsys, "evaluate", merged, "--data", text)
+    assert (after["loss"], after["tokens"]) == (adapted["loss"], adapted["tokens"])
+    assert after["true_bits"] > base["true_bits"]  # two codebooks a matrix
 
 
 def test_evaluate_stops_after_max_tokens(made, text, capsys):

@@ -79,7 +79,9 @@ def test_a_twice_saved_adapter_has_equal_files(trained, base, tmp_path):
     mixin = base()
     mixin.load_adapter(str(tmp_path / "one"))
     mixin.save_pretrained(tmp_path / "three")
-    one, two, three = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    one, two, three = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two", "three")
+    )
     assert one == two
     assert len(one) == len(three)
 

@@ -70,7 +70,10 @@ def test_the_layout_is_short_and_names_what_is_clustered(compressed_dir):
 
 def test_only_some_layers(dense_dir, tokens, tmp_path):
     config = ClusCompQuantizationConfig(
-        group_size=3, num_clusters=12, target_modules=["mlp.up_proj", "q_proj"], exclude_modules=["layers.0.mlp.up_proj"]
+        group_size=3,
+        num_clusters=12,
+        target_modules=["mlp.up_proj", "q_proj"],
+        exclude_modules=["layers.0.mlp.up_proj"],
     )
     model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
     names = {name for name, module in model.named_modules() if isinstance(module, ClusteredLinear)}

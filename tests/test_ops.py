@@ -77,7 +77,9 @@ def dense(given: dict) -> torch.Tensor:
     (blocks, _, group_size), in_features = codebook.shape, len(plain)
     rows = []
     for o in range(given["out_features"]):
-        row = [codebook[i * blocks // in_features, plain[i, o // group_size], o % group_size] for i in range(in_features)]
+        row = [
+            codebook[i * blocks // in_features, plain[i, o // group_size], o % group_size] for i in range(in_features)
+        ]
         rows.append(torch.stack(row))
     weight = torch.stack(rows)
     if given["residual"] is not None:

@@ -95,7 +95,7 @@ def test_no_script_is_a_usage_error():
 
 def test_m_without_a_module_is_a_usage_error(argv):
     argv("-m")
-    with pytest.raises(SystemExit, match="^usage: python -m cluscomp_peft.run"):
+    with pytest.raises(SystemExit, match=r"^usage: python -m cluscomp_peft\.run"):
         main()
 
 

@@ -63,11 +63,14 @@ def kmeans(
     """
     if vectors.ndim != 2 or not vectors.is_floating_point() or not len(vectors) or not vectors.shape[1]:
         raise ValueError(
-            f"vectors must be a floating-point tensor [N, d] with N, d > 0, got {vectors.dtype} {tuple(vectors.shape)}."
+            f"vectors must be a floating-point tensor [N, d] with N, d > 0, got {vectors.dtype} "
+            f"{tuple(vectors.shape)}."
         )
     total = len(vectors)
     if not 2 <= num_clusters <= total:
-        raise ValueError(f"num_clusters must be between 2 and the {total} vectors to be clustered, got {num_clusters}.")
+        raise ValueError(
+            f"num_clusters must be between 2 and the {total} vectors to be clustered, got {num_clusters}."
+        )
     if iterations < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}.")
     if init not in _INITS:

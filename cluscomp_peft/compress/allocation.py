@@ -116,12 +116,10 @@ def choose_spec(
                 best = (expected, ClusterSpec(g, n, 1, scales, scales))
     if best is None:
         if scales:
-            return choose_spec(
-                in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize
-            )
+            return choose_spec(in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize)
         raise ValueError(
-            f"a matrix of {out_features} x {in_features} cannot be stored in {bits} true bits per weight: its codebook "
-            "alone costs too much. Raise bits or leave such matrices out with exclude_modules."
+            f"a matrix of {out_features} x {in_features} cannot be stored in {bits} true bits per weight: its "
+            "codebook alone costs too much. Raise bits or leave such matrices out with exclude_modules."
         )
     return best[1]
 

@@ -1,7 +1,7 @@
 """Text in, token windows and activation statistics out.
 
-Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file, each
-also compressed with xz. They are tokenised, joined by the end-of-sequence token, and cut into windows that do not
+Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
+each also compressed with xz. They are tokenised, joined by the end-of-sequence token, and cut into windows that do not
 overlap, so that every token is read once.
 """
 

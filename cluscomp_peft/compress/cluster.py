@@ -79,8 +79,8 @@ def cluster_codes(
     limit = torch.finfo(codebook_dtype).max
     if weight.abs().max() > limit:
         raise ValueError(
-            f"{name} has values up to {float(weight.abs().max()):.3g}, but {codebook_dtype} holds at most {limit:.3g}; "
-            "choose codebook_dtype='bfloat16' or 'float32'."
+            f"{name} has values up to {float(weight.abs().max()):.3g}, but {codebook_dtype} holds at most "
+            f"{limit:.3g}; choose codebook_dtype='bfloat16' or 'float32'."
         )
     weight = weight.float()
     scale_in = _rms(weight, 0).to(codebook_dtype) if spec.scale_in else None

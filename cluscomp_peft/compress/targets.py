@@ -20,8 +20,9 @@ __all__ = ["dense_linears", "refuse_fused_experts"]
 def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the dense linear layers to cluster, in the order of the model.
 
-    Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of embeddings;
-    every one in a model without such lists. Layers whose weight is shared with another module are left out as well.
+    Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of
+    embeddings; every one in a model without such lists. Layers whose weight is shared with another module are left out
+    as well.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     owners: dict[int, int] = {}
@@ -51,6 +52,6 @@ def refuse_fused_experts(model: nn.Module) -> None:
     if fused:
         shown = ", ".join(fused[:3]) + (f" and {len(fused) - 3} more" if len(fused) > 3 else "")
         raise ValueError(
-            f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster in "
-            "target_modules (attention, shared experts) to leave the fused experts dense."
+            f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster "
+            "in target_modules (attention, shared experts) to leave the fused experts dense."
         )

@@ -1,7 +1,7 @@
 """Making compressed checkpoints and looking into them: what `cluscomp compress` and `cluscomp inspect` do.
 
-A checkpoint is written into a temporary folder beside its place and renamed when it is whole, so a run that fails or is
-killed leaves nothing that loads.
+A checkpoint is written into a temporary folder beside its place and renamed when it is whole, so a run that fails or
+is killed leaves nothing that loads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from ..compress.calibration import input_second_moments, read_documents, token_windows
 from ..layout import expand
-from ..linear import ClusteredLinear, dense_bits
+from ..linear import dense_bits
 from .config import ClusCompQuantizationConfig
 
 __all__ = ["REPORT_NAME", "MatrixReport", "compress_checkpoint", "inspect_checkpoint"]
@@ -80,7 +80,9 @@ def compress_checkpoint(
     tokenizer = _tokenizer(source)
     if calibration is not None:
         if tokenizer is None:
-            raise ValueError(f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration.")
+            raise ValueError(
+                f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration."
+            )
         config._importance = _importance(source, tokenizer, calibration, samples, dtype)
 
     parent = os.path.dirname(os.path.abspath(target))
@@ -98,7 +100,8 @@ def compress_checkpoint(
         summary = {
             "source": source,
             "true_bits": 8 * total_bytes / weights,
-            "relative_error": (sum(error for error, _ in squares) / max(sum(norm for _, norm in squares), 1e-30)) ** 0.5,
+            "relative_error": (sum(error for error, _ in squares) / max(sum(norm for _, norm in squares), 1e-30))
+            ** 0.5,
             "bytes": _weight_bytes(scratch),
             "seconds": time.perf_counter() - started,
             "calibration": None if calibration is None else os.path.basename(calibration),
@@ -240,9 +243,7 @@ def _without_quantization(config: Any) -> Any:
 
 
 def _weight_files(folder: str) -> list[str]:
-    return sorted(
-        os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")
-    )
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors"))
 
 
 def _weight_bytes(folder: str) -> int:
@@ -254,7 +255,7 @@ def _tensor_shapes(folder: str) -> dict[str, list[int]]:
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
+                for key in file.keys():
                     shapes[key] = file.get_slice(key).get_shape()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); download or compress it again.") from error
@@ -289,6 +290,6 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 model = get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM"))  # to finetune the codebooks
 ```
 
-Method: ClusComp, Liao et al., "ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning", Findings of
-ACL 2025, arXiv:2503.13089.
+Method: ClusComp, Liao et al., "ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning", Findings
+of ACL 2025, arXiv:2503.13089.
 """

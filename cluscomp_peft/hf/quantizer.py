@@ -1,9 +1,9 @@
 """The quantizer that `from_pretrained` calls: a compressed checkpoint, or a dense one clustered on the fly.
 
-    pre-clustered   the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read;
-                    the dense weights never exist
-    on the fly      each dense weight is clustered as soon as it is read and its layer replaced: one dense matrix at a
-                    time, in the very way that `cluscomp compress` does it
+pre-clustered   the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read;
+                the dense weights never exist
+on the fly      each dense weight is clustered as soon as it is read and its layer replaced: one dense matrix at a
+                time, in the very way that `cluscomp compress` does it
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class ClusCompHfQuantizer(HfQuantizer):
         ]
         if absent:
             shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-            raise ValueError(f"the compressed checkpoint is incomplete, it lacks {shown}; download or compress it again.")
+            raise ValueError(
+                f"the compressed checkpoint is incomplete, it lacks {shown}; download or compress it again."
+            )
         if not self.pre_quantized:
             if self._progress is not None:
                 self._progress.close()
@@ -98,9 +100,9 @@ class ClusCompHfQuantizer(HfQuantizer):
             found = model_fingerprint(model)
             if found != config.fingerprint:
                 raise ValueError(
-                    f"the codes of this checkpoint are not the ones it was saved with (fingerprint {found}, config.json "
-                    f"says {config.fingerprint}): a file is damaged or belongs to another model. Download or compress "
-                    "it again."
+                    f"the codes of this checkpoint are not the ones it was saved with (fingerprint {found}, "
+                    f"config.json says {config.fingerprint}): a file is damaged or belongs to another model. Download "
+                    "or compress it again."
                 )
         return model
 
@@ -216,7 +218,8 @@ def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[s
         for target in config.target_modules:
             if not any(_matches(name, [target]) for name in layers):
                 raise ValueError(
-                    f"target_modules names {target!r}, but no linear layer of {type(model).__name__} is or ends with it."
+                    f"target_modules names {target!r}, but no linear layer of {type(model).__name__} is or ends with "
+                    "it."
                 )
     chosen = [name for name in chosen if not _matches(name, config.exclude_modules or [])]
     if not chosen:

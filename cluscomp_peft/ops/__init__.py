@@ -215,9 +215,9 @@ def _check(
 ) -> None:
     if codes.dtype != torch.uint8:
         raise TypeError(
-            f"the codes of a clustered weight must stay uint8, got {codes.dtype}: something cast every parameter of the "
-            "model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model again and "
-            "leave such calls out; a clustered model needs none of them."
+            f"the codes of a clustered weight must stay uint8, got {codes.dtype}: something cast every parameter of "
+            "the model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model "
+            "again and leave such calls out; a clustered model needs none of them."
         )
     if codebook.ndim != 3:
         raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook.shape)}.")

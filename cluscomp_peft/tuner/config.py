@@ -20,16 +20,16 @@ BASES = ("clustered", "dense")
 class ClusCompConfig(PeftConfig):
     """Configuration of a [`ClusCompModel`].
 
-    On a compressed checkpoint every argument about clustering is ignored: the codes are there. On a dense model they say
-    how its weights are clustered when the adapter is created.
+    On a compressed checkpoint every argument about clustering is ignored: the codes are there. On a dense model they
+    say how its weights are clustered when the adapter is created.
 
     Args:
         base (`str`): What the adapter sits on. "clustered": the codes and codebooks of a compressed checkpoint, or, on
             a dense model, of weights that are clustered now and whose dense form is dropped; the adapter file then
             carries codes and codebooks as well. "dense": the dense weight stays, `W' = W + ΔC[codes]`.
-        target_modules (`list[str]` or `str`, *optional*): As in every PEFT method: a list of (ends of) names, a regular
-            expression, or "all-linear". None and "all-linear": every clustered layer of a compressed checkpoint, every
-            linear layer but the output head of a dense model.
+        target_modules (`list[str]` or `str`, *optional*): As in every PEFT method: a list of (ends of) names, a
+            regular expression, or "all-linear". None and "all-linear": every clustered layer of a compressed
+            checkpoint, every linear layer but the output head of a dense model.
         exclude_modules (`list[str]` or `str`, *optional*): Layers to leave as they are.
         layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not a usual one.
@@ -76,7 +76,9 @@ class ClusCompConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'cluscomp_only'."})
     num_blocks: int = field(default=1, metadata={"help": "Delta codebooks per matrix, the knob for capacity."})
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
-    delta_scale: float = field(default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."})
+    delta_scale: float = field(
+        default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
     bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
     group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})

@@ -194,9 +194,9 @@ class ClusCompLayer(BaseTunerLayer):
         values += [value for value in self.base_layer.parameters() if value.is_floating_point()]
         if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
             raise RuntimeError(
-                f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not loaded. "
-                "Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with the same "
-                "settings, use dataclasses.replace(config, fingerprint=None)."
+                f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
+                "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with "
+                "the same settings, use dataclasses.replace(config, fingerprint=None)."
             )
 
     # -- merging
@@ -330,7 +330,9 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
 
 
 class ClusCompDenseLinear(nn.Module, ClusCompLayer):
-    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all adapters."""
+    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all
+    adapters.
+    """
 
     base_layer: nn.Linear | Conv1D
 

@@ -79,8 +79,8 @@ class ClusCompModel(BaseTuner):
         for other in others:
             if getattr(other, "base", config.base) != config.base:
                 raise ValueError(
-                    f"all adapters of a model share one kind of base: this one has base={config.base!r}, but the model "
-                    f"was made with base={other.base!r}."
+                    f"all adapters of a model share one kind of base: this one has base={config.base!r}, but the "
+                    f"model was made with base={other.base!r}."
                 )
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
@@ -150,8 +150,8 @@ class ClusCompModel(BaseTuner):
             elif isinstance(module, ClusteredLinear):
                 if config.base == "dense":
                     raise ValueError(
-                        f"base='dense' needs dense weights, but {name} is clustered; leave base at 'clustered', or call "
-                        "model.dequantize() first."
+                        f"base='dense' needs dense weights, but {name} is clustered; leave base at 'clustered', or "
+                        "call model.dequantize() first."
                     )
             elif is_dense_linear(module):
                 if config.expects_weights:
@@ -170,8 +170,9 @@ class ClusCompModel(BaseTuner):
 
         if capped:
             warnings.warn(
-                f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} more "
-                "layers; they are clustered without loss and take more bits than dense. For a small model give bits.",
+                f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} "
+                "more layers; they are clustered without loss and take more bits than dense. For a small model give "
+                "bits.",
                 stacklevel=2,
             )
 
@@ -373,7 +374,9 @@ class ClusCompModel(BaseTuner):
         if combination_type != "linear":
             raise ValueError(f"combination_type must be 'linear', got {combination_type!r}.")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"give one weight for each adapter, got {len(adapters)} adapters, {len(weights)} weights.")
+            raise ValueError(
+                f"give one weight for each adapter, got {len(adapters)} adapters, {len(weights)} weights."
+            )
         absent = [name for name in adapters if name not in self.peft_config]
         if absent:
             raise ValueError(f"Adapter {absent[0]} does not exist; there are {', '.join(self.peft_config)}.")
@@ -453,7 +456,9 @@ class ClusCompModel(BaseTuner):
             if not isinstance(layer, ClusCompLayer) or adapter_name not in layer.cluscomp_delta:
                 continue
             bare = name.removeprefix(_FILE_PREFIX)
-            codebook = mapped.get(f"{name}.base_layer.codebook", mapped.get(f"{_FILE_PREFIX}{bare}.base_layer.codebook"))
+            codebook = mapped.get(
+                f"{name}.base_layer.codebook", mapped.get(f"{_FILE_PREFIX}{bare}.base_layer.codebook")
+            )
             if codebook is not None:
                 layer.set_units(adapter_name, codebook)
             prefix = f"{name}.cluscomp_delta.{adapter_name}."

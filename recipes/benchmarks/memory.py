@@ -1,0 +1,164 @@
+"""Memory of loading, of a forward pass and of training steps, CPU: a compressed model against bitsandbytes NF4 + LoRA.
+
+    python recipes/benchmarks/memory.py
+
+Every measurement is a process of its own: it imports everything, notes its resident memory, does the job, and reports
+how far the peak rose above that. The model is a random Llama of 300 M parameters in bf16; its codes are random too,
+which changes nothing about memory. Writes results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from cluscomp_peft import ClusteredLinear
+from cluscomp_peft.codes import pack
+from cluscomp_peft.compress.allocation import choose_spec
+from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.hf.config import ClusCompQuantizationConfig
+from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
+
+SHAPE = dict(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=18,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    max_position_embeddings=2048,
+)
+JOBS = ("load compressed", "serve compressed", "serve dense", "train compressed", "train nf4 lora", "train dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=float, default=4.0)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--job", choices=JOBS, help="used by the script itself")
+    parser.add_argument("--folder", help="used by the script itself")
+    options = parser.parse_args()
+    if options.job is not None:
+        print(json.dumps(run_job(options)))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for command in ("write_dense", "write_compressed"):
+            code = f"import memory; memory.{command}({folder!r}, {options.bits})"
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+        for job in JOBS:
+            flags = ["--bits", options.bits, "--seqlen", options.seqlen, "--batch", options.batch]
+            command = [sys.executable, __file__, "--job", job, "--folder", folder, *map(str, flags)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[job] = json.loads(output.strip().splitlines()[-1])
+    print(f"{'job':<20}{'files, MB':>11}{'peak, MB':>11}{'peak / files':>14}")
+    for job, row in results.items():
+        print(f"{job:<20}{row['files'] / 1e6:>11.0f}{row['peak'] / 1e6:>11.0f}{row['peak'] / row['files']:>14.2f}")
+    write_results("memory", {"settings": {"shape": SHAPE, **vars(options)}, "rows": results})
+
+
+def write_dense(folder: str, bits: float) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(os.path.join(folder, "dense"))
+
+
+def write_compressed(folder: str, bits: float) -> None:
+    """A checkpoint in the shape of `bits` with random codes."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    for name, dense in list(dense_linears(model)):
+        out_features, in_features = dense.weight.shape
+        spec = choose_spec(in_features, out_features, bits=bits)
+        groups = -(-out_features // spec.group_size)
+        codes = pack(torch.randint(0, spec.num_clusters, (in_features, groups)), spec.code_bits)
+        codebook = (torch.randn(1, spec.num_clusters, spec.group_size) * 0.02).half()
+        scales = [
+            torch.ones(size, dtype=torch.float16) if wanted else None
+            for size, wanted in ((in_features, spec.scale_in), (out_features, spec.scale_out))
+        ]
+        model.set_submodule(name, ClusteredLinear.from_parts(codes, codebook, *scales, None, out_features))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                value = torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02
+                module._parameters[name] = torch.nn.Parameter(value)
+    quantizer = ClusCompHfQuantizer(ClusCompQuantizationConfig(bits=bits), pre_quantized=False)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.save_pretrained(os.path.join(folder, "compressed"))
+
+
+def run_job(options: argparse.Namespace) -> dict[str, float]:
+    """Does one job in this process and reports bytes: weight files, and the peak above what imports take."""
+    import bitsandbytes  # noqa: F401  (imported by every job, so that all start equal)
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    from cluscomp_peft import ClusCompConfig
+
+    action, _, kind = options.job.partition(" ")
+    path = os.path.join(options.folder, "compressed" if kind == "compressed" else "dense")
+    before = _status("VmRSS")
+    settings = {}
+    if kind == "nf4 lora":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **settings)
+    if action == "serve":
+        # Loading alone maps the file; running the model touches every byte of it.
+        with torch.no_grad():
+            model(input_ids=torch.randint(0, SHAPE["vocab_size"], (1, 16)))
+    elif action == "train":
+        if kind == "nf4 lora":
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+        elif kind == "compressed":
+            model = get_peft_model(model, ClusCompConfig(task_type="CAUSAL_LM"))
+        model.train()
+        tokens = torch.randint(0, SHAPE["vocab_size"], (options.batch, options.seqlen))
+        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], 1e-4)
+        for _ in range(2):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    files = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path) if "safetensors" in name)
+    return {"files": files, "peak": _status("VmHWM") - before}
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def write_results(name: str, content: dict) -> None:
+    """A JSON file under results/, with versions and hardware."""
+    import platform
+
+    import transformers
+
+    content["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    content["versions"]["transformers"] = transformers.__version__
+    content["hardware"] = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    content["settings"].pop("folder", None)
+    content["settings"].pop("job", None)
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{name}.json")
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    main()
