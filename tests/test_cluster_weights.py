@@ -70,6 +70,17 @@ def test_scales_pay_off_where_channels_differ():
     assert error(True) < 0.7 * error(False)
 
 
+def test_scaled_channels_count_by_their_size():
+    large = torch.arange(48) % 6 == 0
+    # Scaled to one size, the distributions differ; only the weight of their columns tells which one matters.
+    two_valued = 30 * (normal(64, 48).sign() + 0.2 * normal(64, 48, seed=1))
+    weight = torch.where(large, two_valued, normal(64, 48))
+    scaled = cluster_linear(layer_of(weight), ClusterSpec(2, 24, 1, True, False))
+    flat = cluster_linear(layer_of(weight / weight.square().mean(0).sqrt()), ClusterSpec(2, 24))
+    flat.set_parameter("scale_in", weight.square().mean(0).sqrt())
+    assert relative_error(weight, scaled) < 0.85 * relative_error(weight, flat)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_empty_rows_and_columns_survive_scaling(dtype):
     weight = normal(OUT, IN)

@@ -181,6 +181,19 @@ def test_vectors_of_no_weight_do_not_count():
     assert codebook.isfinite().all()
 
 
+def test_a_cluster_without_weight_stays_where_it_is():
+    weights = torch.ones(200)
+    weights[100:] = 0
+    vectors = normal(200, 3)
+    vectors[100:] += 100
+    start = kmeans(vectors, 10, weights=weights, iterations=0)[0]
+    far = start[:, 0] > 50
+    moved = kmeans(vectors, 10, weights=weights, iterations=1)[0]
+    assert 0 < far.sum() < 10
+    assert torch.equal(moved[far], start[far])
+    assert moved.isfinite().all() and not (moved[~far] == start[~far]).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_empty_clusters_are_moved_where_they_help(seed):
     # Nearly every start lies on the repeated vector, so that nearly every cluster starts empty.

@@ -68,6 +68,7 @@ def choose_spec(
     scales: bool | None = None,
     codebook_itemsize: int = 2,
     cap: bool = False,
+    name: str = "the matrix",
 ) -> ClusterSpec:
     """The spec of one matrix: `group_size` and `num_clusters` if they are given, else the best one within `bits`.
 
@@ -80,6 +81,7 @@ def choose_spec(
         scales (`bool`, *optional*): Store a scale per input and per output channel. None: where they cost at most
             0.05 bits per weight.
         codebook_itemsize (`int`): Bytes of a number in codebook and scales.
+        name (`str`): What errors call the matrix.
         cap (`bool`): Take n = the number of groups where `num_clusters` is larger, instead of refusing.
 
     Raises:
@@ -94,8 +96,8 @@ def choose_spec(
         if num_clusters > vectors:
             if not cap:
                 raise ValueError(
-                    f"num_clusters={num_clusters} is more than the {vectors} groups of {group_size} weights in a "
-                    f"matrix of {out_features} x {in_features}; choose at most {vectors}, a smaller group_size, or "
+                    f"{name}: num_clusters={num_clusters} is more than the {vectors} groups of {group_size} weights "
+                    f"in {out_features} x {in_features}; choose at most {vectors}, a smaller group_size, or "
                     "give bits, which fits every matrix by itself."
                 )
             num_clusters = max(2, vectors)
@@ -116,9 +118,11 @@ def choose_spec(
                 best = (expected, ClusterSpec(g, n, 1, scales, scales))
     if best is None:
         if scales:
-            return choose_spec(in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize)
+            return choose_spec(
+                in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize, name=name
+            )
         raise ValueError(
-            f"a matrix of {out_features} x {in_features} cannot be stored in {bits} true bits per weight: its "
+            f"{name}: {out_features} x {in_features} weights cannot be stored in {bits} true bits each, their "
             "codebook alone costs too much. Raise bits or leave such matrices out with exclude_modules."
         )
     return best[1]

@@ -11,6 +11,7 @@ weight per vector: weighted K-means minimises the diagonal-Hessian error exactly
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,41 +24,13 @@ from ..linear import ClusteredLinear, weight_of
 __all__ = ["check_finite", "cluster_codes", "cluster_linear"]
 
 
-def cluster_linear(
-    module: nn.Module,
-    spec: ClusterSpec,
-    *,
-    codebook_dtype: torch.dtype = torch.float16,
-    importance: torch.Tensor | None = None,
-    iterations: int = 25,
-    seed: int = 0,
-    name: str = "weight",
-    progress: Callable[[int, float], None] | None = None,
-) -> ClusteredLinear:
-    """Clusters a dense linear layer.
+def cluster_linear(module: nn.Module, spec: ClusterSpec, **settings: Any) -> ClusteredLinear:
+    """Clusters an `nn.Linear` or `Conv1D`, which is left as it is; its bias is shared with the result.
 
-    Args:
-        module (`nn.Linear` or `Conv1D`): Left as it is; its bias is shared with the result.
-        spec ([`ClusterSpec`]): How to store the weight; `num_blocks` must be 1.
-        codebook_dtype (`torch.dtype`): Of codebook and scales.
-        importance (`torch.Tensor`, *optional*): [in], E[x_i²] of the layer's inputs.
-        iterations, seed, progress: See `cluscomp_peft.clustering.kmeans`.
-        name (`str`): What errors call the layer.
-
-    Raises:
-        ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold.
+    `settings` and errors are those of [`cluster_codes`].
     """
     weight = weight_of(module).detach()
-    packed, codebook, scale_in, scale_out = cluster_codes(
-        weight,
-        spec,
-        codebook_dtype=codebook_dtype,
-        importance=importance,
-        iterations=iterations,
-        seed=seed,
-        name=name,
-        progress=progress,
-    )
+    packed, codebook, scale_in, scale_out = cluster_codes(weight, spec, **settings)
     return ClusteredLinear.from_parts(
         packed, codebook, scale_in, scale_out, module.bias, weight.shape[0], conv1d=isinstance(module, Conv1D)
     )
@@ -74,7 +47,22 @@ def cluster_codes(
     name: str = "weight",
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Clusters a weight [out, in]: packed codes, codebook [1, n, g], scale_in and scale_out (None without scales)."""
+    """Clusters a weight [out, in].
+
+    Args:
+        weight (`torch.Tensor`): [out, in], floating point.
+        spec ([`ClusterSpec`]): How to store it; `num_blocks` must be 1.
+        codebook_dtype (`torch.dtype`): Of codebook and scales.
+        importance (`torch.Tensor`, *optional*): [in], E[x_i²] of the layer's inputs.
+        iterations, seed, progress: See `cluscomp_peft.clustering.kmeans`.
+        name (`str`): What errors call the layer.
+
+    Returns:
+        Packed codes [in, width], codebook [1, n, g], scale_in [in] and scale_out [out] (None without scales).
+
+    Raises:
+        ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold.
+    """
     check_finite(weight, name)
     limit = torch.finfo(codebook_dtype).max
     if weight.abs().max() > limit:

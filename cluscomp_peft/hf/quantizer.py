@@ -227,18 +227,16 @@ def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[s
     specs = {}
     for name in chosen:
         out_features, in_features = weight_of(layers[name]).shape
-        try:
-            specs[name] = choose_spec(
-                in_features,
-                out_features,
-                bits=config.bits,
-                group_size=config.group_size,
-                num_clusters=config.num_clusters,
-                scales=config.scales,
-                codebook_itemsize=config.dtype.itemsize,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        specs[name] = choose_spec(
+            in_features,
+            out_features,
+            bits=config.bits,
+            group_size=config.group_size,
+            num_clusters=config.num_clusters,
+            scales=config.scales,
+            codebook_itemsize=config.dtype.itemsize,
+            name=name,
+        )
     return specs
 
 

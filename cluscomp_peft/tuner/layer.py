@@ -1,7 +1,7 @@
 """The tuner layers: what PEFT puts in the place of a linear layer.
 
     ClusCompLinear        base_layer: ClusteredLinear      y = base_layer(x, deltas of the active adapters)
-    ClusCompDenseLinear   base_layer: nn.Linear, Conv1D    y = x ((W + Σ ΔC[codes]) · (1 + Σδ))ᵀ + bias
+    ClusCompDenseLinear   base_layer: nn.Linear, Conv1D    the dense weight stays; see dense_layer.py
 
 What an adapter of a layer trains is a small module under its name, `cluscomp_delta`, fp32, in units:
 
@@ -21,14 +21,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .. import ops
-from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
-from ..linear import ClusteredLinear, Delta, apply_deltas, weight_of
+from ..codes import ClusterSpec
+from ..linear import ClusteredLinear, Delta
 from .config import ClusCompConfig
 
-__all__ = ["ClusCompDenseLinear", "ClusCompLayer", "ClusCompLinear"]
+__all__ = ["ClusCompLayer", "ClusCompLinear", "refuse_non_finite"]
 
 # One unit of a scale's delta is this share of the unit of a centroid's, both relative to their size.
 _SCALE_SHARE = 0.25
@@ -56,6 +54,8 @@ class ClusCompLayer(BaseTunerLayer):
     other_param_names = ()
 
     base_layer: nn.Module
+    # Whether the model was dense before, so that the adapter file has to carry the codes.
+    dense_born: bool = True
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, device: torch.device) -> None:
         self.base_layer = base_layer
@@ -278,6 +278,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         super().__init__()
         ClusCompLayer.__init__(self, base_layer, base_layer.in_features, base_layer.out_features, device)
         self.dense_dtype = dense_dtype
+        self.dense_born = dense_dtype is not None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, spec)
 
@@ -305,7 +306,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         deltas = self.deltas(adapter_names)
         if safe_merge:
             with torch.no_grad():
-                _refuse_non_finite(self.base_layer.effective(deltas), adapter_names)
+                refuse_non_finite(self.base_layer.effective(deltas), adapter_names)
         self._keep(("codebook", "scale_in", "scale_out"))
         self.base_layer.merge(deltas)
 
@@ -329,115 +330,6 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         return "cluscomp." + super().__repr__()
 
 
-class ClusCompDenseLinear(nn.Module, ClusCompLayer):
-    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all
-    adapters.
-    """
-
-    base_layer: nn.Linear | Conv1D
-
-    def __init__(
-        self,
-        base_layer: nn.Linear | Conv1D,
-        adapter_name: str,
-        config: ClusCompConfig,
-        device: torch.device,
-        spec: ClusterSpec,
-        codes: torch.Tensor | None,
-    ) -> None:
-        super().__init__()
-        out_features, in_features = weight_of(base_layer).shape
-        ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
-        if codes is None:  # to be loaded
-            width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
-            codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        # A dense weight takes scales for nothing, so they train unless the config says no.
-        self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
-        """Adds an adapter; `spec` is what a saved one was made for."""
-        self._add(adapter_name, config, spec or self._spec)
-
-    def base_spec(self) -> ClusterSpec:
-        return self._spec
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.codes, self.out_features, self._spec)
-
-    def base_values(self) -> torch.Tensor:
-        weight = self.base_tensor("weight")
-        assert weight is not None
-        return weight
-
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        weight = self.base_layer.weight
-        deltas = self.deltas(adapter_names)
-        scale_in, scale_out = _total_scales(deltas)
-        with torch.no_grad():
-            merged = ops.decode(
-                self.codes,
-                _total_codebook(deltas),
-                scale_in,
-                scale_out,
-                weight_of(self.base_layer),
-                out_features=self.out_features,
-                dtype=weight.dtype,
-            )
-        if safe_merge:
-            _refuse_non_finite((merged,), adapter_names)
-        self._keep(("weight",))
-        merged = merged.t().contiguous() if isinstance(self.base_layer, Conv1D) else merged
-        self.base_layer._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer with the active adapters for x [..., in]: [..., out]."""
-        if self._runs_as_base():
-            return self.base_layer(x, *args, **kwargs)
-        self.settle(self.active_adapters)
-        deltas = self.deltas(self.active_adapters)
-        scale_in, scale_out = _total_scales(deltas)
-        return ops.linear(
-            x,
-            self.codes,
-            _total_codebook(deltas),
-            scale_in,
-            scale_out,
-            weight_of(self.base_layer),
-            self.base_layer.bias,
-            out_features=self.out_features,
-        )
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """What PEFT leaves in place of this layer: the dense layer."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.base_layer
-
-    def __repr__(self) -> str:
-        return "cluscomp." + super().__repr__()
-
-
-def _total_codebook(deltas: list[Delta]) -> torch.Tensor:
-    """Σ ΔC [m, n, g] over adapters with different numbers of blocks."""
-    zero = torch.zeros_like(deltas[0].codebook[:1])
-    codebook, _, _ = apply_deltas(zero, None, None, deltas)
-    return codebook
-
-
-def _total_scales(deltas: list[Delta]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """1 + Σδ of both kinds of scales, None where no adapter has any."""
-    totals: list[torch.Tensor | None] = []
-    for changes in ([delta.scale_in for delta in deltas], [delta.scale_out for delta in deltas]):
-        present = [change for change in changes if change is not None]
-        totals.append(1 + sum(present[1:], start=present[0]) if present else None)
-    return totals[0], totals[1]
-
-
 def _power_of_two(value: float) -> float:
     return 2.0 ** round(math.log2(value))
 
@@ -446,7 +338,8 @@ def _has_meta(module: nn.Module) -> bool:
     return any(parameter.device.type == "meta" for parameter in module.parameters())
 
 
-def _refuse_non_finite(values: tuple[torch.Tensor | None, ...], adapter_names: list[str]) -> None:
+def refuse_non_finite(values: tuple[torch.Tensor | None, ...], adapter_names: list[str]) -> None:
+    """Raises a ValueError if what merging would store has NaN or infinite values."""
     if not all(bool(torch.isfinite(value).all()) for value in values if value is not None):
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken; nothing "

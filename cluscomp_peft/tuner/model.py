@@ -3,14 +3,13 @@ the tuner layers in place, and says what an adapter file holds.
 
     plan      match names, validate settings, weights, saved file and fingerprint; nothing is changed, errors end here
     replace   compressed layer → ClusCompLinear; dense layer → K-means → ClusCompLinear or ClusCompDenseLinear
-    save      deltas in absolute numbers, codes where the base was dense; layout and fingerprint go into the config
+    save      see saving.py
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,25 +17,22 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..codes import ClusterSpec, combine_fingerprints
+from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
 from ..compress.cluster import check_finite, cluster_codes, cluster_linear
 from ..compress.targets import dense_linears, refuse_fused_experts
-from ..layout import expand, summarize
+from ..layout import expand
 from ..linear import ClusteredLinear, Delta, is_dense_linear, weight_of
 from .config import ClusCompConfig
-from .layer import ClusCompDenseLinear, ClusCompLayer, ClusCompLinear
+from .dense_layer import ClusCompDenseLinear
+from .layer import ClusCompLayer, ClusCompLinear
+from .saving import check_saved, describe_and_complete, settle_loaded
 
 __all__ = ["ClusCompModel"]
-
-_FILE_PREFIX = "base_model.model."
-_BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
 
 
 class ClusCompModel(BaseTuner):
@@ -91,7 +87,7 @@ class ClusCompModel(BaseTuner):
         layers = self._matched(peft_config)
         self._check_layers(peft_config, layers)
         if peft_config.expects_weights:
-            self._check_saved(peft_config, layers)
+            check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
         dense = sum(is_dense_linear(layer) for layer in layers.values())
         if dense and not peft_config.expects_weights:
             # disable=None: silent where nobody watches a terminal
@@ -177,12 +173,12 @@ class ClusCompModel(BaseTuner):
             )
 
     def _check_same_codes(self, name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
-        if isinstance(layer, ClusCompDenseLinear):
+        if not layer.dense_born or isinstance(layer, ClusCompDenseLinear):
             return
         spec = layer.base_spec()
         vectors = layer.in_features * -(-layer.out_features // config.group_size)
         wanted = (config.group_size, min(config.num_clusters, max(2, vectors)))
-        if layer.dense_dtype is not None and wanted != (spec.group_size, spec.num_clusters):
+        if wanted != (spec.group_size, spec.num_clusters):
             raise ValueError(
                 f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "
                 f"num_clusters={spec.num_clusters}, not with {wanted[0]} and {wanted[1]}. Use the same settings, or a "
@@ -193,56 +189,21 @@ class ClusCompModel(BaseTuner):
         """How a dense layer will be clustered."""
         out_features, in_features = weight_of(module).shape
         dtype = self._codebook_dtype(module, config)
-        try:
-            return choose_spec(
-                in_features,
-                out_features,
-                bits=config.bits,
-                group_size=config.group_size,
-                num_clusters=config.num_clusters,
-                scales=config.scales,
-                codebook_itemsize=dtype.itemsize,
-                cap=True,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        return choose_spec(
+            in_features,
+            out_features,
+            bits=config.bits,
+            group_size=config.group_size,
+            num_clusters=config.num_clusters,
+            scales=config.scales,
+            codebook_itemsize=dtype.itemsize,
+            cap=True,
+            name=name,
+        )
 
     @staticmethod
     def _codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
         return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
-
-    def _check_saved(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
-        """A saved adapter against the model it is about to be loaded into."""
-        for name, module in layers.items():
-            dense = is_dense_linear(module) or getattr(module, "dense_dtype", None) is not None
-            dense = dense or isinstance(module, ClusCompDenseLinear)
-            if config.carries_codes and not dense:
-                raise ValueError(
-                    "this adapter was made on a dense model and carries its own codes, but the model is compressed; "
-                    "load it on the dense model (merge_and_unload() and compress then, if that is what you want)."
-                )
-            if not config.carries_codes and dense:
-                raise ValueError(
-                    f"this adapter belongs to a compressed model (fingerprint {config.fingerprint}), but {name} is a "
-                    "dense layer; load the adapter on the compressed checkpoint that it was trained on."
-                )
-        fixed = [layer for layer in layers.values() if isinstance(layer, (ClusCompLayer, ClusteredLinear))]
-        if len(fixed) == len(layers) and not any(_on_meta(layer) for layer in fixed):
-            found = combine_fingerprints(layer.fingerprint() for layer in fixed)
-            if found != config.fingerprint:
-                raise ValueError(
-                    f"this adapter belongs to another base: its codes have fingerprint {config.fingerprint}, those of "
-                    f"this model {found}. Load the base that it was trained on ({config.base_model_name_or_path})."
-                )
-        if config.carries_codes:
-            absent = layers.keys() - self._saved_specs(config, layers).keys()
-            if absent:
-                raise ValueError(
-                    f"the adapter's config says nothing about the layout of {sorted(absent)[0]} and {len(absent) - 1} "
-                    "more layers; it was made for another model, or its adapter_config.json is damaged."
-                )
-        if config._source is not None and os.path.isfile(os.path.join(config._source, SAFETENSORS_WEIGHTS_NAME)):
-            _check_file(os.path.join(config._source, SAFETENSORS_WEIGHTS_NAME), config, list(layers))
 
     def _saved_specs(self, config: ClusCompConfig, names: Any) -> dict[str, ClusterSpec]:
         return expand(config.layout, names, getattr(self.model, "base_model_prefix", ""))
@@ -329,8 +290,8 @@ class ClusCompModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in self._layers(self.model):
-            if adapter_name in layer.cluscomp_delta:
+        for layer in self.model.modules():
+            if isinstance(layer, ClusCompLayer) and adapter_name in layer.cluscomp_delta:
                 dtype = layer.base_layer.bias.dtype if layer.base_layer.bias is not None else None
                 if isinstance(layer, ClusCompDenseLinear):
                     dtype = layer.base_layer.weight.dtype
@@ -406,10 +367,6 @@ class ClusCompModel(BaseTuner):
     # -- save and load
 
     @classmethod
-    def _layers(cls, model: nn.Module) -> list[ClusCompLayer]:
-        return [module for module in model.modules() if isinstance(module, ClusCompLayer)]
-
-    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -420,31 +377,7 @@ class ClusCompModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The adapter's tensors; the config learns here, just before PEFT writes it, what they belong to."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        specs: dict[str, ClusterSpec] = {}
-        fingerprints = []
-        config.carries_codes = False
-        for name, layer in model.named_modules():
-            if not isinstance(layer, ClusCompLayer) or adapter_name not in layer.cluscomp_delta:
-                continue
-            dense_born = isinstance(layer, ClusCompDenseLinear) or layer.dense_dtype is not None
-            config.carries_codes |= dense_born
-            specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
-            if not _on_meta(layer):
-                layer.settle([adapter_name])
-                fingerprints.append(layer.fingerprint())
-            prefix = f"{name}.cluscomp_delta.{adapter_name}."
-            for key in [key for key in selected if key.startswith(prefix)]:
-                selected[key] = selected[key] * layer.unit_of(adapter_name, key.removeprefix(prefix))
-            if isinstance(layer, ClusCompLinear) and dense_born:
-                for key in _BASE_TENSORS:
-                    tensor = layer.base_tensor(key)
-                    if tensor is not None:
-                        selected[f"{name}.base_layer.{key}"] = tensor.detach()
-        names = [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]
-        config.layout = summarize(specs, names)
-        if len(fingerprints) == len(specs):
-            config.fingerprint = combine_fingerprints(fingerprints)
-        return selected
+        return describe_and_complete(model, config, adapter_name, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -452,31 +385,7 @@ class ClusCompModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, layer in model.named_modules():
-            if not isinstance(layer, ClusCompLayer) or adapter_name not in layer.cluscomp_delta:
-                continue
-            bare = name.removeprefix(_FILE_PREFIX)
-            codebook = mapped.get(
-                f"{name}.base_layer.codebook", mapped.get(f"{_FILE_PREFIX}{bare}.base_layer.codebook")
-            )
-            if codebook is not None:
-                layer.set_units(adapter_name, codebook)
-            prefix = f"{name}.cluscomp_delta.{adapter_name}."
-            for key in [key for key in mapped if key.startswith(prefix)]:
-                mapped[key] = mapped[key] / layer.unit_of(adapter_name, key.removeprefix(prefix))
-                layer.loaded(adapter_name)
-            if not isinstance(layer, ClusCompLinear) or len(layer.cluscomp_delta) == 1:
-                continue
-            for key in _BASE_TENSORS:
-                for spelling in (f"{bare}.base_layer.{key}", f"{_FILE_PREFIX}{bare}.base_layer.{key}"):
-                    saved, present = mapped.pop(spelling, None), layer.base_tensor(key)
-                    if saved is None:
-                        continue
-                    if present is None or not torch.equal(saved.to(present.device), present):
-                        raise ValueError(
-                            f"adapter {adapter_name!r} has another {key} of {bare} than the adapters that are loaded "
-                            "already; load it on a copy of the dense model of its own."
-                        )
+        settle_loaded(model, adapter_name, mapped)
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
         config._expects_weights = False
         return mapped
@@ -510,27 +419,3 @@ def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype
     return ClusteredLinear.from_parts(
         **parts, bias=dense.bias, out_features=out_features, conv1d=isinstance(dense, Conv1D)
     )
-
-
-def _on_meta(layer: ClusCompLayer | ClusteredLinear) -> bool:
-    layer = layer.base_layer if isinstance(layer, ClusCompLinear) else layer
-    return layer.codes.device.type == "meta"
-
-
-def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
-    """Reads the header of a saved adapter: it must be whole and have tensors for every layer."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); copy or download the adapter again.") from error
-    wanted = ["cluscomp_delta.codebook"]
-    if config.carries_codes:
-        wanted += ["base_layer.codes", "base_layer.codebook"] if config.base == "clustered" else ["codes"]
-    for name in names:
-        for key in wanted:
-            if not {f"{_FILE_PREFIX}{name}.{key}", f"{name}.{key}"} & keys:
-                raise ValueError(
-                    f"{path} has no {name}.{key}: it is incomplete or belongs to another model; copy or download the "
-                    "adapter again."
-                )

@@ -1,0 +1,132 @@
+"""The tuner layer that keeps the dense weight: codes only say which weights move together.
+
+    y = x W'ᵀ + bias,    W' = s_out · (W + ΔC[codes]) · s_in,    s = 1 + Σδ
+
+The effective weight is made inside the op, forward and backward, and never kept. Merging stores it, rounded once to
+the dtype of W, so the merged layer computes what the unmerged one did in that dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import ops
+from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
+from ..linear import Delta, apply_deltas, weight_of
+from .config import ClusCompConfig
+from .layer import ClusCompLayer, refuse_non_finite
+
+__all__ = ["ClusCompDenseLinear"]
+
+
+class ClusCompDenseLinear(nn.Module, ClusCompLayer):
+    """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all
+    adapters.
+    """
+
+    base_layer: nn.Linear | Conv1D
+
+    def __init__(
+        self,
+        base_layer: nn.Linear | Conv1D,
+        adapter_name: str,
+        config: ClusCompConfig,
+        device: torch.device,
+        spec: ClusterSpec,
+        codes: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        out_features, in_features = weight_of(base_layer).shape
+        ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
+        if codes is None:  # to be loaded
+            width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
+            codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        # A dense weight takes scales for nothing, so they train unless the config says no.
+        self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
+        """Adds an adapter; `spec` is what a saved one was made for."""
+        self._add(adapter_name, config, spec or self._spec)
+
+    def base_spec(self) -> ClusterSpec:
+        return self._spec
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.codes, self.out_features, self._spec)
+
+    def base_values(self) -> torch.Tensor:
+        weight = self.base_tensor("weight")
+        assert weight is not None
+        return weight
+
+    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
+        weight = self.base_layer.weight
+        deltas = self.deltas(adapter_names)
+        scale_in, scale_out = _total_scales(deltas)
+        with torch.no_grad():
+            merged = ops.decode(
+                self.codes,
+                _total_codebook(deltas),
+                scale_in,
+                scale_out,
+                weight_of(self.base_layer),
+                out_features=self.out_features,
+                dtype=weight.dtype,
+            )
+        if safe_merge:
+            refuse_non_finite((merged,), adapter_names)
+        self._keep(("weight",))
+        merged = merged.t().contiguous() if isinstance(self.base_layer, Conv1D) else merged
+        self.base_layer._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer with the active adapters for x [..., in]: [..., out]."""
+        if self._runs_as_base():
+            return self.base_layer(x, *args, **kwargs)
+        self.settle(self.active_adapters)
+        deltas = self.deltas(self.active_adapters)
+        scale_in, scale_out = _total_scales(deltas)
+        return ops.linear(
+            x,
+            self.codes,
+            _total_codebook(deltas),
+            scale_in,
+            scale_out,
+            weight_of(self.base_layer),
+            self.base_layer.bias,
+            out_features=self.out_features,
+        )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT leaves in place of this layer: the dense layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+    def __repr__(self) -> str:
+        return "cluscomp." + super().__repr__()
+
+
+def _total_codebook(deltas: list[Delta]) -> torch.Tensor:
+    """Σ ΔC [m, n, g] over adapters with different numbers of blocks."""
+    zero = torch.zeros_like(deltas[0].codebook[:1])
+    codebook, _, _ = apply_deltas(zero, None, None, deltas)
+    return codebook
+
+
+def _total_scales(deltas: list[Delta]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """1 + Σδ of both kinds of scales, None where no adapter has any."""
+    totals: list[torch.Tensor | None] = []
+    for changes in ([delta.scale_in for delta in deltas], [delta.scale_out for delta in deltas]):
+        present = [change for change in changes if change is not None]
+        totals.append(1 + sum(present[1:], start=present[0]) if present else None)
+    return totals[0], totals[1]
