@@ -12,6 +12,8 @@ from . import ClusCompQuantizationConfig
 
 __all__ = ["main"]
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status. Errors of the user end in one line, without a traceback."""
@@ -47,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
     compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
     compress.add_argument("--samples", type=int, default=128, help="calibration sequences of up to 2048 tokens")
-    compress.add_argument("--dtype", default="auto", help="of what stays dense (default: as in the checkpoint)")
+    compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
     compress.add_argument("--iterations", type=int, default=25, help="K-means iterations per matrix, at most")
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
-    compress.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     compress.set_defaults(run=_compress)
 
     inspect = commands.add_parser("inspect", help="print what a compressed checkpoint holds")
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
     evaluate.add_argument("--max-tokens", type=int, help="stop after so many tokens of the text")
     evaluate.add_argument("--seqlen", type=int, help="tokens of a window (default 2048, at most what the model takes)")
-    evaluate.add_argument("--dtype", default="auto", help="dtype to compute in (default: as in the checkpoint)")
+    evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -135,13 +137,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .compress.calibration import read_documents, token_windows
+    from .hf.checkpoint import check_folder
     from .hf.evaluate import evaluate
 
+    check_folder(options.path)
     tokenizer = AutoTokenizer.from_pretrained(options.path)
     documents = read_documents(options.data, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
     limit = getattr(model.config, "max_position_embeddings", None)
-    seqlen = options.seqlen or min(2048, limit or 2048)
+    seqlen = min(2048, limit or 2048) if options.seqlen is None else options.seqlen
     if limit is not None and seqlen > limit:
         raise ValueError(f"--seqlen {seqlen} is more than the {limit} positions of the model; give at most {limit}.")
     vocabulary = model.get_input_embeddings().weight.shape[0]

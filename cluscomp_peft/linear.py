@@ -129,6 +129,10 @@ class ClusteredLinear(nn.Module):
         """Bits per weight with codes, codebooks and scales counted."""
         return self.spec.true_bits(self.in_features, self.out_features, self.codebook.element_size())
 
+    def stored_bytes(self) -> int:
+        """Bytes of codes, codebooks and scales."""
+        return self.spec.num_bytes(self.in_features, self.out_features, self.codebook.element_size())
+
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weight in the dtype of the codebook, [out, in] (Conv1D: [in, out]).
@@ -236,16 +240,18 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     total_bytes = weights = 0
-    for module in model.modules():
-        if isinstance(module, ClusteredLinear):
-            size = module.in_features * module.out_features
-            total_bytes += module.spec.num_bytes(
-                module.in_features, module.out_features, module.codebook.element_size()
-            )
-            weights += size
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if hasattr(module, "stored_bytes"):
+            # A clustered layer, or an adapter's layer around one, which counts what merging would store.
+            total_bytes += module.stored_bytes()
+            weights += module.in_features * module.out_features
         elif is_dense_linear(module) and module is not head:
             total_bytes += module.weight.numel() * module.weight.element_size()
             weights += module.weight.numel()
+        else:
+            pending.extend(module.children())
     return total_bytes, weights
 
 

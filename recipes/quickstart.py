@@ -118,7 +118,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
         ),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=4),
+        peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=1),
     )
     trainer.train()
     trainer.save_model(adapter_dir)
@@ -241,13 +241,7 @@ def measure(name: str, model, tokenizer, rows: list[dict[str, str]], folder: str
         os.path.getsize(os.path.join(folder, file)) for file in os.listdir(folder) if file.endswith(".safetensors")
     )
     loss = float(losses[is_answer].mean())
-    if isinstance(model, PeftModel):
-        model.merge_adapter()
-        bits = true_bits(model)
-        model.unmerge_adapter()
-    else:
-        bits = true_bits(model)
-    return Row(name, bits, size / 1e3, loss, float(right.float().mean()))
+    return Row(name, true_bits(model), size / 1e3, loss, float(right.float().mean()))
 
 
 def logits_of(model, tokenizer, rows: list[dict[str, str]]) -> torch.Tensor:

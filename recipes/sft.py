@@ -17,17 +17,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from cluscomp_peft.hf.checkpoint import compress_checkpoint, read_report
 from cluscomp_peft.hf.evaluate import true_bits
 
 # For models that come without one: turns in plain text, an end-of-sequence token after each answer.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
@@ -74,10 +76,14 @@ def main() -> None:
             if is_file
             else load_data(script.dataset_name, script.dataset_config, script.dataset_test)
         )
-    base = compressed_base(script, os.path.join(training.output_dir, "base"))
+    own_base = os.path.join(training.output_dir, "base")
+    with PartialState().main_process_first():
+        base = compressed_base(script, own_base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     if "messages" in train.column_names and tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
+        if base == own_base:
+            tokenizer.save_pretrained(base)  # evaluation on the base shall read conversations as training did
     model = AutoModelForCausalLM.from_pretrained(base, dtype=script.dtype)
     trainer = SFTTrainer(
         model=model,
@@ -112,17 +118,20 @@ def compressed_base(script: ScriptArguments, folder: str) -> str:
     config = AutoConfig.from_pretrained(script.model_name_or_path)
     if getattr(config, "quantization_config", None) is not None:
         return script.model_name_or_path
-    from cluscomp_peft.hf.checkpoint import compress_checkpoint
-
     quantization = ClusCompQuantizationConfig(
         bits=script.bits, group_size=script.group_size, num_clusters=script.num_clusters, scales=script.scales
     )
     if os.path.isdir(folder):
         # A run that was interrupted or is repeated: the base is there already, if it was made with these settings.
-        made = AutoConfig.from_pretrained(folder).quantization_config
-        wanted = quantization.to_dict()
-        if any(made.get(key) != wanted[key] for key in ("bits", "group_size", "num_clusters", "scales")):
-            raise SystemExit(f"{folder} was compressed with other settings; remove it or choose another --output_dir.")
+        made = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
+        made = {**made, **read_report(folder)["summary"]}
+        wanted = {**quantization.to_dict(), "source": script.model_name_or_path, "dtype": script.dtype}
+        for key in ("source", "dtype", "bits", "group_size", "num_clusters", "scales"):
+            if made.get(key) != wanted[key]:
+                raise SystemExit(
+                    f"{folder} was made with {key}={made.get(key)!r}, not {wanted[key]!r}; remove it or choose "
+                    "another --output_dir."
+                )
         return folder
     compress_checkpoint(script.model_name_or_path, folder, quantization, dtype=script.dtype)
     return folder

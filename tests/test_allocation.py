@@ -25,17 +25,19 @@ def test_the_budget_is_never_exceeded(in_features, out_features, bits, scales, i
         spec = choose_spec(in_features, out_features, bits=bits, scales=scales, codebook_itemsize=itemsize)
     except ValueError as error:
         assert f"{out_features} x {in_features} cannot be stored in {bits} true bits" in str(error)
-        # Refused only if not even two centroids without scales fit.
+        # Refused only if not even two centroids fit, with the scales where they were asked for.
+        wanted = bool(scales)
         for g in range(1, min(16, out_features) + 1):
             if in_features * num_groups(out_features, g) >= 2:
-                assert ClusterSpec(g, 2).num_bytes(in_features, out_features, itemsize) > budget
+                least = ClusterSpec(g, 2, scale_in=wanted, scale_out=wanted)
+                assert least.num_bytes(in_features, out_features, itemsize) > budget
         return
     assert spec.num_bytes(in_features, out_features, itemsize) <= budget
     assert spec.num_clusters <= in_features * num_groups(out_features, spec.group_size)
     assert spec.group_size <= out_features
     assert spec.num_blocks == 1 and spec.scale_in == spec.scale_out
     if scales is not None:
-        assert spec.scale_in <= scales
+        assert spec.scale_in == scales
 
 
 @pytest.mark.parametrize("bits", [2, 2.5, 3, 4, 5])

@@ -444,7 +444,7 @@ def test_evaluate_with_an_adapter_is_the_merged_model(tmp_path, made, adapter, t
     AutoTokenizer.from_pretrained(made).save_pretrained(merged)
     after = output_of(capsys, "evaluate", merged, "--data", text)
     assert (after["loss"], after["tokens"]) == (adapted["loss"], adapted["tokens"])
-    assert after["true_bits"] > base["true_bits"]  # two codebooks a matrix
+    assert after["true_bits"] == adapted["true_bits"] > base["true_bits"]  # two codebooks a matrix
 
 
 def test_evaluate_stops_after_max_tokens(made, text, capsys):
@@ -475,3 +475,45 @@ def test_evaluate_refuses_an_adapter_of_another_base(tmp_path, dense_dir, adapte
     other = str(tmp_path / "other")
     assert main(["compress", dense_dir, other, "--bits", "6", "--scales", "--seed", "9"]) == 0
     assert "another base" in failing("evaluate", other, "--data", text, "--adapter", adapter)
+
+
+def test_the_dense_model_itself_is_never_overwritten(tmp_path, dense_dir, failing):
+    copy = shutil.copytree(dense_dir, tmp_path / "copy")
+    before = (copy / "model.safetensors").read_bytes()
+    assert "is the dense model itself" in failing("compress", str(copy), str(copy), "--overwrite")
+    assert (copy / "model.safetensors").read_bytes() == before
+
+
+def test_overwrite_leaves_folders_alone_that_are_no_checkpoints(tmp_path, dense_dir, failing):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "no model" in failing("compress", dense_dir, str(tmp_path), "--overwrite")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_scales_that_do_not_fit_are_an_error(tmp_path, dense_dir, failing):
+    line = failing("compress", dense_dir, str(tmp_path / "out"), "--bits", "1", "--scales")
+    assert "cannot be stored in 1" in line
+
+
+def test_cut_off_weights_are_named_by_every_command(tmp_path, dense_dir, made, text, failing):
+    for source in (dense_dir, made):
+        copy = shutil.copytree(source, tmp_path / f"copy of {os.path.basename(source)}")
+        file = copy / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-50])
+        assert "model.safetensors is damaged" in failing("evaluate", str(copy), "--data", text)
+    assert "model.safetensors is damaged" in failing(
+        "compress", str(tmp_path / f"copy of {os.path.basename(dense_dir)}"), str(tmp_path / "out")
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"summary": {}}'])
+def test_a_damaged_report_is_named(tmp_path, made, failing, content):
+    copy = shutil.copytree(made, tmp_path / "copy")
+    (copy / "cluscomp_report.json").write_text(content)
+    assert "cluscomp_report.json is damaged" in failing("inspect", str(copy))
+
+
+def test_a_folder_that_is_not_there(tmp_path, text, failing):
+    path = str(tmp_path / "absent")
+    for arguments in (("inspect", path), ("evaluate", path, "--data", text), ("compress", path, str(tmp_path / "o"))):
+        assert f"{path} is no folder" in failing(*arguments)

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_conversations_train_a_model_without_a_chat_template(tmp_path, compresse
     for folder in (out, out / "merged"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         rendered = tokenizer.apply_chat_template(turns[0], tokenize=False)
-        assert rendered.startswith(f"user: {DOCUMENTS[0]}") and rendered.rstrip().endswith("assistant: w5<eos>")
+        assert rendered == f"user: {DOCUMENTS[0]}\nassistant: w5<eos>\n"
 
 
 @pytest.mark.parametrize("name", ["book.txt", "book.txt.xz"])
@@ -191,8 +192,11 @@ def test_a_base_is_made_once_and_never_replaced_by_another(tmp_path, dense_dir, 
     before = {path.name: path.stat().st_mtime_ns for path in (out / "base").iterdir()}
     contents = files(out / "base")
     for other in (["--bits", "5"], ["--group_size", "3", "--num_clusters", "12"], ["--bits", "6", "--scales", "true"]):
-        with pytest.raises(SystemExit, match=r"base was compressed with other settings"):
+        with pytest.raises(SystemExit, match=r"base was made with (bits=6\.0, not (5\.0|None)|scales=None, not True)"):
             recipe(*common, *other)
+    other_model = shutil.copytree(dense_dir, tmp_path / "other")
+    with pytest.raises(SystemExit, match="base was made with source="):
+        recipe(*common, "--bits", "6", "--model_name_or_path", str(other_model))
     recipe(*common, "--bits", "6")
     assert {path.name: path.stat().st_mtime_ns for path in (out / "base").iterdir()} == before
     assert files(out / "base") == contents

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from cluscomp_peft import ClusCompConfig, ClusCompLayer, ClusteredLinear
+from cluscomp_peft.hf.evaluate import true_bits
 
 from .conftest import config_for, logits_of, tiny_llama, train_briefly
 
@@ -332,3 +333,13 @@ def test_compiled_models_train(base, tokens):
     loss.backward()
     assert torch.allclose(loss, eager, rtol=1e-5)
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 2}, {"num_blocks": 3, "train_scales": True}])
+def test_true_bits_with_an_adapter_are_those_after_merging(compressed_dir, settings):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(compressed_dir), config_for("compressed", **settings))
+    bits = true_bits(model)
+    with model.disable_adapter():
+        base_bits = true_bits(model)
+    assert base_bits < bits
+    assert true_bits(model.merge_and_unload()) == bits

@@ -89,6 +89,7 @@ def choose_spec(
     """
     weights = in_features * out_features
     scale_cost = 8 * codebook_itemsize * (in_features + out_features) / weights
+    optional = scales is None
     if scales is None:
         scales = scale_cost <= _SCALE_BITS
     if group_size is not None and num_clusters is not None:
@@ -117,13 +118,13 @@ def choose_spec(
             if best is None or expected < best[0]:
                 best = (expected, ClusterSpec(g, n, 1, scales, scales))
     if best is None:
-        if scales:
+        if scales and optional:
             return choose_spec(
                 in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize, name=name
             )
         raise ValueError(
-            f"{name}: {out_features} x {in_features} weights cannot be stored in {bits} true bits each, their "
-            "codebook alone costs too much. Raise bits or leave such matrices out with exclude_modules."
+            f"{name}: {out_features} x {in_features} cannot be stored in {bits} true bits per weight, its codebook "
+            "alone costs too much. Raise bits or leave such matrices out with exclude_modules."
         )
     return best[1]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import lzma
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -150,14 +150,20 @@ def _document(line: str, tokenizer: Any, where: str) -> str:
             return row["prompt"] + row["completion"]
         messages = row.get("messages")
         if isinstance(messages, list):
-            if getattr(tokenizer, "chat_template", None):
-                return tokenizer.apply_chat_template(messages, tokenize=False)
-            return "\n".join(f"{message['role']}: {message['content']}" for message in _turns(messages, where))
+            turns = _turns(messages, where)
+            if not getattr(tokenizer, "chat_template", None):
+                return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            try:
+                return tokenizer.apply_chat_template(turns, tokenize=False)
+            except TemplateError as error:
+                raise ValueError(f"{where} does not fit the tokenizer's chat template: {error}") from error
     raise ValueError(f"{where} has none of `text`, `messages`, or `prompt` and `completion`.")
 
 
-def _turns(messages: list, where: str) -> Iterator[dict]:
+def _turns(messages: list, where: str) -> list[dict]:
+    if not messages:
+        raise ValueError(f"{where} has no messages.")
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"{where} has a message without `role` and `content`.")
-        yield message
+    return messages

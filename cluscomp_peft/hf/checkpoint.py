@@ -27,7 +27,15 @@ from ..layout import expand
 from ..linear import dense_bits
 from .config import ClusCompQuantizationConfig
 
-__all__ = ["REPORT_NAME", "MatrixReport", "compress_checkpoint", "inspect_checkpoint"]
+__all__ = [
+    "REPORT_NAME",
+    "MatrixReport",
+    "check_folder",
+    "compress_checkpoint",
+    "inspect_checkpoint",
+    "read_report",
+    "report_rows",
+]
 
 REPORT_NAME = "cluscomp_report.json"
 _CALIBRATION_LENGTH = 2048
@@ -73,8 +81,8 @@ def compress_checkpoint(
         ValueError: If `target` exists, `source` is compressed already, or model, text and settings do not fit.
     """
     started = time.perf_counter()
-    if os.path.exists(target) and not overwrite and (not os.path.isdir(target) or os.listdir(target)):
-        raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
+    check_folder(source)
+    _check_target(source, target, overwrite)
     if getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised already; compress the dense model.")
     tokenizer = _tokenizer(source)
@@ -105,6 +113,7 @@ def compress_checkpoint(
             "bytes": _weight_bytes(scratch),
             "seconds": time.perf_counter() - started,
             "calibration": None if calibration is None else os.path.basename(calibration),
+            "dtype": dtype,
         }
         report = {"summary": summary, "matrices": {name: _relative(entry) for name, entry in matrices.items()}}
         with open(os.path.join(scratch, REPORT_NAME), "w", encoding="utf-8") as file:
@@ -139,6 +148,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     Raises:
         ValueError: If it is no ClusComp checkpoint, or a file is damaged.
     """
+    check_folder(path)
     folder = path if os.path.isdir(path) else snapshot_download(path)
     config = AutoConfig.from_pretrained(folder)
     quantization = getattr(config, "quantization_config", None)
@@ -150,7 +160,8 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_without_quantization(config))
     layers = dict(model.named_modules())
-    errors = _saved_errors(folder)
+    report = read_report(folder)
+    errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
     itemsize = quantization.dtype.itemsize
     matrices = []
     clustered_bytes = weights = 0
@@ -169,16 +180,40 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         bits = spec.true_bits(in_features, out_features, itemsize)
         matrices.append(MatrixReport(name, out_features, in_features, words, bits, errors.get(name)))
     total = _weight_bytes(folder)
-    known = [entry for entry in matrices if entry.relative_error is not None]
     totals = {
         "weights": weights,
         "true_bits": 8 * clustered_bytes / max(weights, 1),
         "clustered_bytes": clustered_bytes,
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
-        "relative_error": _saved_total_error(folder) if known else None,
+        "relative_error": report["summary"].get("relative_error"),
     }
     return matrices, totals
+
+
+def check_folder(path: str) -> None:
+    """Refuses a path that can only be a folder and is none, and weight files that are cut off, by name."""
+    if os.path.isdir(path):
+        _tensor_shapes(path)
+    elif os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ValueError(f"{path} is no folder (and no hub id, which reads like owner/name).")
+
+
+def read_report(folder: str) -> dict[str, dict[str, Any]]:
+    """What `compress` noted of a checkpoint: `summary` and `matrices`, both empty where there is no report.
+
+    Raises:
+        ValueError: If the report is damaged.
+    """
+    path = os.path.join(folder, REPORT_NAME)
+    if not os.path.isfile(path):
+        return {"summary": {}, "matrices": {}}
+    try:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        return {"summary": dict(report["summary"]), "matrices": dict(report["matrices"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); remove it, it only holds notes.") from error
 
 
 def report_rows(matrices: list[MatrixReport]) -> list[dict[str, Any]]:
@@ -195,6 +230,17 @@ def _importance(source: str, tokenizer: Any, path: str, samples: int, dtype: str
     vocabulary = model.get_input_embeddings().weight.shape[0]
     windows = token_windows(documents, tokenizer, length, max_tokens=samples * length, vocab_size=vocabulary)
     return input_second_moments(model, windows)
+
+
+def _check_target(source: str, target: str, overwrite: bool) -> None:
+    if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
+        return
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ValueError(f"{target} is the dense model itself; choose another folder.")
+    if not overwrite:
+        raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
+    if not os.path.isfile(os.path.join(target, "config.json")):
+        raise ValueError(f"{target} holds something that is no model, which --overwrite does not touch; remove it.")
 
 
 def _tokenizer(source: str) -> Any:
@@ -219,22 +265,6 @@ def _no_loading_bar() -> Iterator[None]:
 def _relative(entry: dict[str, float]) -> dict[str, float]:
     error = (entry["squared_error"] / max(entry["squared_norm"], 1e-30)) ** 0.5
     return {"relative_error": error, "true_bits": entry["true_bits"], "seconds": entry["seconds"]}
-
-
-def _saved_report(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, REPORT_NAME)
-    if not os.path.isfile(path):
-        return {"summary": {}, "matrices": {}}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _saved_errors(folder: str) -> dict[str, float]:
-    return {name: entry["relative_error"] for name, entry in _saved_report(folder)["matrices"].items()}
-
-
-def _saved_total_error(folder: str) -> float | None:
-    return _saved_report(folder)["summary"].get("relative_error")
 
 
 def _without_quantization(config: Any) -> Any:

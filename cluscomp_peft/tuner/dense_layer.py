@@ -66,6 +66,10 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         assert weight is not None
         return weight
 
+    def stored_bytes(self) -> int:
+        """Bytes of the dense weight, which merging does not change."""
+        return self.base_layer.weight.numel() * self.base_layer.weight.element_size()
+
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         weight = self.base_layer.weight
         deltas = self.deltas(adapter_names)

@@ -302,6 +302,16 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         assert codebook is not None
         return codebook
 
+    def stored_bytes(self) -> int:
+        """Bytes of codes, codebooks and scales once the active adapters are merged."""
+        if self.merged or self.disable_adapters:
+            return self.base_layer.stored_bytes()
+        with torch.no_grad():
+            codebook, scale_in, scale_out = self.base_layer.effective(self.deltas(self.active_adapters))
+        blocks, clusters, group_size = codebook.shape
+        spec = ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
+        return spec.num_bytes(self.in_features, self.out_features, self.base_layer.codebook.element_size())
+
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         deltas = self.deltas(adapter_names)
         if safe_merge:
