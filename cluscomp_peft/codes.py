@@ -66,6 +66,9 @@ class ClusterSpec:
     scale_out: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("group_size", "num_clusters", "num_blocks"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if not 1 <= self.group_size <= MAX_GROUP_SIZE:
             raise ValueError(f"group_size must be between 1 and {MAX_GROUP_SIZE}, got {self.group_size}.")
         if not 2 <= self.num_clusters <= 2**MAX_CODE_BITS:
@@ -137,6 +140,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         ValueError: If `bits` or a code is out of range.
     """
     _check_bits(bits)
+    codes = codes.to(torch.int32)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(
             f"codes must lie in [0, {2**bits}) to be packed to {bits} bits, got a range of "
@@ -144,7 +148,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         )
     rows, groups = codes.shape
     blocks = -(-groups // _CODES_PER_BLOCK)
-    padded = F.pad(codes.to(torch.int32), (0, blocks * _CODES_PER_BLOCK - groups))
+    padded = F.pad(codes, (0, blocks * _CODES_PER_BLOCK - groups))
     padded = padded.view(rows, blocks, _CODES_PER_BLOCK)
     packed = torch.zeros(rows, blocks, bits, dtype=torch.int32, device=codes.device)
     for k in range(_CODES_PER_BLOCK):
@@ -180,7 +184,7 @@ def unpack(packed: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
         for j in range(first + 1, (k * bits + bits - 1) // 8 + 1):
             value |= padded[..., j].to(torch.int32) << (8 * (j - first))
         torch.bitwise_and(value >> shift, mask, out=codes[..., k])
-    return codes.view(rows, -1)[:, :groups]
+    return codes.view(rows, blocks * _CODES_PER_BLOCK)[:, :groups]
 
 
 def block_offsets(in_features: int, num_blocks: int, num_clusters: int, device: torch.device) -> torch.Tensor:

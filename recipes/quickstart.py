@@ -66,9 +66,9 @@ WINDOW = 64  # tokens (words) of a training window
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="where models go (default: a temporary folder)")
-    parser.add_argument("--bits", type=float, default=3.0, help="true bits per weight (default 3)")
+    parser.add_argument("--bits", type=float, default=4.0, help="true bits per weight (default 4)")
     parser.add_argument("--pretrain_steps", type=int, default=250, help="steps for the dense model")
-    parser.add_argument("--sft_steps", type=int, default=150, help="steps for the codebooks")
+    parser.add_argument("--sft_steps", type=int, default=200, help="steps for the codebooks")
     options = parser.parse_args()
     if options.output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(dense_dir)
     rows = [measure("dense", AutoModelForCausalLM.from_pretrained(dense_dir), tokenizer, test, dense_dir)]
 
-    config = ClusCompQuantizationConfig(bits=options.bits)
+    config = ClusCompQuantizationConfig(bits=options.bits, scales=True)
     compress_checkpoint(dense_dir, compressed_dir, config, overwrite=True)
     model = AutoModelForCausalLM.from_pretrained(compressed_dir)
     rows.append(measure("compressed", model, tokenizer, test, compressed_dir))
@@ -118,7 +118,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
         ),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=1),
+        peft_config=ClusCompConfig(task_type="CAUSAL_LM"),
     )
     trainer.train()
     trainer.save_model(adapter_dir)

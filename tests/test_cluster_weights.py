@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -355,3 +356,9 @@ def test_the_fused_experts_of_a_mixtral_are_refused():
     )
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.\w+ \(4, "):
         refuse_fused_experts(MixtralForCausalLM(config))
+
+
+def test_layers_with_a_computed_weight_are_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    assert [name for name, _ in dense_linears(model)] == ["0"]

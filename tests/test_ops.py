@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cluscomp_peft import ops
-from cluscomp_peft.codes import block_offsets, code_bits, num_groups, pack
+from cluscomp_peft.codes import ClusterSpec, block_offsets, code_bits, num_groups, pack
+from cluscomp_peft.linear import ClusteredLinear
 from cluscomp_peft.ops import reference
 
 IN, OUT = 7, 11
@@ -504,3 +505,9 @@ def test_more_blocks_read_the_block_of_their_channel():
     rows = given["codebook"].reshape(-1, 3)
     index = given["plain"] + block_offsets(IN, 3, 4, torch.device("cpu"))[:, None]
     assert torch.equal(decode(given), rows[index].reshape(IN, -1)[:, :OUT].t())
+
+
+def test_meta_tensors_pass_through():
+    layer = ClusteredLinear(4, 6, ClusterSpec(4, 64), device="meta")
+    result = layer(torch.empty(2, 4, device="meta"))
+    assert result.shape == (2, 6) and result.device.type == "meta"

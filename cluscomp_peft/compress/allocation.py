@@ -102,6 +102,11 @@ def choose_spec(
                     "give bits, which fits every matrix by itself."
                 )
             num_clusters = max(2, vectors)
+        if vectors < 2:
+            raise ValueError(
+                f"{name}: {out_features} x {in_features} is a single group of {group_size}, which cannot be "
+                "clustered; choose a smaller group_size or leave such matrices out with exclude_modules."
+            )
         return ClusterSpec(group_size, num_clusters, 1, scales, scales)
 
     assert bits is not None

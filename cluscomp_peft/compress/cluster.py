@@ -63,6 +63,8 @@ def cluster_codes(
     Raises:
         ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold.
     """
+    if spec.num_blocks != 1:
+        raise ValueError(f"{name}: a weight is clustered into one codebook, got num_blocks={spec.num_blocks}.")
     check_finite(weight, name)
     limit = torch.finfo(codebook_dtype).max
     if weight.abs().max() > limit:
@@ -82,6 +84,11 @@ def cluster_codes(
     channel = None if scale_in is None else scale_in.float() ** 2
     if importance is not None:
         importance = importance.to(weight.device, torch.float32)
+        if importance.shape != (weight.shape[1],) or not bool((importance > 0).any()):
+            raise ValueError(
+                f"{name}: importance must hold E[x²] of its {weight.shape[1]} inputs, not all 0, got shape "
+                f"{tuple(importance.shape)} and a maximum of {float(importance.max()):.3g}; calibrate on other text."
+            )
         # A channel that calibration never excited still needs its weights: text beyond the sample may excite it.
         importance = importance.clamp_min(1e-4 * float(importance.mean()))
         channel = importance if channel is None else channel * importance

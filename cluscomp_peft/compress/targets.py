@@ -21,7 +21,8 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the dense linear layers to cluster, in the order of the model.
 
     Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of
-    embeddings; every one in a model without such lists. Layers whose weight is shared with another module are left out
+    embeddings; every one in a model without such lists. Layers whose weight is shared with another module, or is
+    computed (by pruning or a parametrisation), are left out
     as well.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
@@ -33,7 +34,7 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     layers = [
         (name, module)
         for name, module in model.named_modules()
-        if is_dense_linear(module) and owners[id(module._parameters["weight"])] == 1
+        if is_dense_linear(module) and owners.get(id(module._parameters.get("weight"))) == 1
     ]
     inside = [(name, module) for name, module in layers if name.startswith(blocks)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

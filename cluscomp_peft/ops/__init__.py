@@ -181,8 +181,12 @@ def linear(
     _check(codes, codebook, scale_in, scale_out, out_features)
     if x.shape[-1] != codes.shape[0]:
         raise ValueError(f"the layer takes {codes.shape[0]} input features, got x of shape {tuple(x.shape)}.")
+    if residual is not None and residual.shape != (out_features, codes.shape[0]):
+        raise ValueError(f"residual must have shape ({out_features}, {codes.shape[0]}), got {tuple(residual.shape)}.")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return LINEAR(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
 
@@ -203,6 +207,8 @@ def codebook_grad(
         scale), fp32, or fp64 for an fp64 x.
     """
     _check(codes, codebook, scale_in, scale_out, grad_output.shape[-1])
+    if x.shape != (grad_output.shape[0], codes.shape[0]):
+        raise ValueError(f"x must have shape ({grad_output.shape[0]}, {codes.shape[0]}), got {tuple(x.shape)}.")
     return CODEBOOK_GRAD(x, grad_output, codes, codebook, scale_in, scale_out, residual)
 
 
