@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -58,11 +59,22 @@ class ScriptArguments:
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """TRL's `SFTConfig` with the rate and schedule that suit codebooks."""
+    """TRL's `SFTConfig` with the rate and schedule that suit codebooks, and a loss on whole texts."""
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share of them."})
+    completion_only_loss: bool | None = field(
+        default=False,
+        metadata={"help": "Train on completions alone. By default prompts count too, as in `cluscomp evaluate`."},
+    )
+
+    def __post_init__(self) -> None:
+        # TRL asks for bf16 unless told otherwise, which the Trainer refuses on a machine without an accelerator.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = False if self.bf16 is None else self.bf16
+        super().__post_init__()
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 Minimises Σ_j w_j · |v_j − c(code_j)|². An assignment step scores `|c|² − 2 v·c` for a chunk of vectors against all
 centroids (one matmul); an update step takes weighted means in fp64. Both can only lower the objective, up to the
-rounding of fp32 scores, which matters for vectors far from 0. A centroid that lost all its vectors is moved onto the vector that is
-served worst, which lowers it too.
+rounding of fp32 scores, which matters for vectors far from 0. A centroid that lost all its vectors is moved onto the
+vector that is served worst, which lowers it too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""PEFT and transformers know the method as if it were their own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import cluscomp_peft
+from cluscomp_peft import ClusCompConfig, ClusCompModel, ClusCompQuantizationConfig
+
+
+def test_the_type_is_a_full_member_of_the_enum():
+    member = PeftType.CLUSCOMP
+    assert member in PeftType and member in list(PeftType)
+    assert PeftType("CLUSCOMP") is member is PeftType["CLUSCOMP"]
+    assert member == "CLUSCOMP" and hash(member) == hash("CLUSCOMP") and member.value == "CLUSCOMP"
+    assert (member.name, str(member.value), f"{member.value}") == ("CLUSCOMP", "CLUSCOMP", "CLUSCOMP")
+    assert json.dumps({"peft_type": member}) == '{"peft_type": "CLUSCOMP"}'
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+    assert PeftType.LORA != member
+
+
+def test_the_registries_hold_the_classes():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["CLUSCOMP"] is ClusCompConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.CLUSCOMP] is ClusCompModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.CLUSCOMP] == "cluscomp_"
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["cluscomp"] is ClusCompQuantizationConfig
+    assert "cluscomp" in AUTO_QUANTIZER_MAPPING
+
+
+def test_registering_again_does_nothing():
+    before = list(PeftType)
+    cluscomp_peft.register()
+    assert list(PeftType) == before
+
+
+def test_configs_survive_files_and_pickles(tmp_path):
+    config = ClusCompConfig(bits=3, num_blocks=4, target_modules=["q_proj"], train_scales=True)
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        PeftConfig.from_pretrained(tmp_path),
+        ClusCompConfig.from_pretrained(tmp_path),
+        pickle.loads(pickle.dumps(config)),
+        copy.deepcopy(config),
+    ):
+        assert isinstance(loaded, ClusCompConfig)
+        assert loaded.to_dict() == config.to_dict()
+        assert not loaded.expects_weights
+    quantization = ClusCompQuantizationConfig(bits=2.5, scales=True)
+    assert ClusCompQuantizationConfig.from_dict(quantization.to_dict()).to_dict() == quantization.to_dict()
+
+
+def test_the_public_names_exist():
+    for name in cluscomp_peft.__all__:
+        assert getattr(cluscomp_peft, name) is not None
+    assert cluscomp_peft.__all__ == sorted(cluscomp_peft.__all__)
+
+
+def test_the_runner_is_named_where_it_helps():
+    with pytest.raises(KeyError, match="NO_SUCH_METHOD"):
+        PeftConfig.from_peft_type(peft_type="NO_SUCH_METHOD")
+    assert "cluscomp_peft.run" in cluscomp_peft.__doc__
