@@ -101,11 +101,11 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .hf.checkpoint import inspect_checkpoint, report_rows
+    from .hf.checkpoint import inspect_checkpoint
 
     matrices, totals = inspect_checkpoint(options.path)
     if options.json:
-        print(json.dumps({"matrices": report_rows(matrices), "totals": totals}))
+        print(json.dumps({"matrices": [asdict(entry) for entry in matrices], "totals": totals}))
         return
     rows = [("matrix", "shape", "stored as", "true bits", "error")]
     for entry in matrices:

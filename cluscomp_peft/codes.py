@@ -37,6 +37,7 @@ __all__ = [
     "packed_width",
     "ungroup",
     "unpack",
+    "value_fingerprint",
 ]
 
 MAX_CODE_BITS = 16  # a code spans at most three bytes, which unpack() and every kernel rely on
@@ -75,6 +76,12 @@ class ClusterSpec:
             raise ValueError(f"num_clusters must be between 2 and {2**MAX_CODE_BITS}, got {self.num_clusters}.")
         if self.num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
+
+    @classmethod
+    def of(cls, codebook: torch.Tensor, scale_in: torch.Tensor | None, scale_out: torch.Tensor | None) -> ClusterSpec:
+        """The spec of a matrix stored with these tensors, codebook [m, n, g]."""
+        blocks, clusters, group_size = codebook.shape
+        return cls(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
 
     @property
     def code_bits(self) -> int:
@@ -197,6 +204,14 @@ def fingerprint(packed: torch.Tensor, out_features: int, spec: ClusterSpec) -> s
     """Digest of the codes [in, width] of one matrix, 32 hexadecimal digits; codebook and scales do not enter."""
     digest = hashlib.sha256(repr((packed.shape[0], out_features, spec.group_size, spec.num_clusters)).encode())
     digest.update(memoryview(packed.detach().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()[:32]
+
+
+def value_fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Digest of floating-point tensors, in order, whatever their dtype."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(memoryview(tensor.detach().cpu().float().contiguous().numpy()).cast("B"))
     return digest.hexdigest()[:32]
 
 

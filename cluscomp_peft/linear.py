@@ -23,16 +23,25 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
-from .codes import ClusterSpec, fingerprint, num_groups, packed_width
+from .codes import ClusterSpec, fingerprint, num_groups, packed_width, value_fingerprint
 
-__all__ = ["ClusteredLinear", "Delta", "apply_deltas", "dense_bits", "is_dense_linear", "weight_of"]
+__all__ = [
+    "ClusteredLinear",
+    "Delta",
+    "apply_deltas",
+    "count_parameters",
+    "dense_bits",
+    "is_dense_linear",
+    "sum_deltas",
+    "weight_of",
+]
 
 
 class Delta(NamedTuple):
     """What an adapter adds to a layer, in absolute units, fp32.
 
-    codebook: [m, n, g] with any m that is a multiple or a divisor of the layer's; `scale_in` [in] and `scale_out`
-    [out] are relative, 0 leaves a scale as it is; None changes nothing.
+    codebook: [m, n, g] with any m; together with a layer of k codebooks it makes lcm(k, m). `scale_in` [in] and
+    `scale_out` [out] are relative, 0 leaves a scale as it is; None changes nothing.
     """
 
     codebook: torch.Tensor
@@ -99,8 +108,7 @@ class ClusteredLinear(nn.Module):
         conv1d: bool = False,
     ) -> ClusteredLinear:
         """A layer of existing tensors, none of which is copied; shapes as in the class."""
-        blocks, clusters, group_size = codebook.shape
-        spec = ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
+        spec = ClusterSpec.of(codebook, scale_in, scale_out)
         layer = cls(codes.shape[0], out_features, spec, bias=bias is not None, device="meta", conv1d=conv1d)
         parts = {"codes": codes, "codebook": codebook, "scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         for name, value in parts.items():
@@ -121,8 +129,7 @@ class ClusteredLinear(nn.Module):
     @property
     def spec(self) -> ClusterSpec:
         """How the weight is stored now; merging may raise `num_blocks` or add scales."""
-        blocks, clusters, group_size = self.codebook.shape
-        return ClusterSpec(group_size, clusters, blocks, self.scale_in is not None, self.scale_out is not None)
+        return ClusterSpec.of(self.codebook, self.scale_in, self.scale_out)
 
     @property
     def true_bits(self) -> float:
@@ -188,6 +195,11 @@ class ClusteredLinear(nn.Module):
             self._fingerprint = (key, fingerprint(self.codes, self.out_features, self.spec))
         return self._fingerprint[1]
 
+    def codebook_fingerprint(self) -> str:
+        """Digest of codebook and scales, which training and merging change while the codes stay."""
+        parts = (self.codebook, self.scale_in, self.scale_out)
+        return value_fingerprint([part for part in parts if part is not None])
+
     def extra_repr(self) -> str:
         spec = ", ".join(f"{key}={value}" for key, value in self.spec.to_dict().items())
         bias = self.bias is not None
@@ -197,27 +209,49 @@ class ClusteredLinear(nn.Module):
         return weight.t() if self.conv1d else weight
 
 
+def sum_deltas(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
+    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple."""
+    weights = [1.0] * len(deltas) if weights is None else weights
+    blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
+
+    def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+        terms = [
+            value if weight == 1 else value * weight
+            for value, weight in zip(values, weights, strict=True)
+            if value is not None
+        ]
+        return sum(terms[1:], start=terms[0]) if terms else None
+
+    codebook = total([_refine(delta.codebook, blocks) for delta in deltas])
+    assert codebook is not None
+    return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
+
+
 def apply_deltas(
     codebook: torch.Tensor,
     scale_in: torch.Tensor | None,
     scale_out: torch.Tensor | None,
     deltas: Sequence[Delta],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums `deltas` onto codebook [m, n, g] and scales; results are fp32 (fp64) but hold values of the codebook's
-    dtype.
+    """Sums `deltas` onto codebook [m, n, g] and scales.
 
-    The gradient with respect to the deltas ignores the rounding.
+    Results are fp32 (fp64) but hold values of the codebook's dtype. The gradient with respect to the deltas ignores
+    that rounding.
     """
     if not deltas:
         return codebook, scale_in, scale_out
     dtype = codebook.dtype
-    blocks = math.lcm(codebook.shape[0], *(delta.codebook.shape[0] for delta in deltas))
-    total = _refine(codebook.to(deltas[0].codebook.dtype), blocks)
-    for delta in deltas:
-        total = total + _refine(delta.codebook, blocks)
-    changes_in = [delta.scale_in for delta in deltas if delta.scale_in is not None]
-    changes_out = [delta.scale_out for delta in deltas if delta.scale_out is not None]
-    return _round(total, dtype), _rescale(scale_in, changes_in, dtype), _rescale(scale_out, changes_out, dtype)
+    total = sum_deltas(deltas)
+    blocks = math.lcm(codebook.shape[0], total.codebook.shape[0])
+    values = _refine(codebook.to(total.codebook.dtype), blocks) + _refine(total.codebook, blocks)
+
+    def rescale(scale: torch.Tensor | None, change: torch.Tensor | None) -> torch.Tensor | None:
+        if change is None:
+            return scale
+        factor = 1 + change
+        return ops.round_to(factor if scale is None else scale.to(factor.dtype) * factor, dtype)
+
+    return ops.round_to(values, dtype), rescale(scale_in, total.scale_in), rescale(scale_out, total.scale_out)
 
 
 def is_dense_linear(module: nn.Module) -> bool:
@@ -239,6 +273,7 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     Output embeddings count only where they are clustered: nobody counts them among the compressed matrices.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(head, "original_module", head)
     total_bytes = weights = 0
     pending = [model]
     while pending:
@@ -247,6 +282,9 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
             # A clustered layer, or an adapter's layer around one, which counts what merging would store.
             total_bytes += module.stored_bytes()
             weights += module.in_features * module.out_features
+        elif hasattr(module, "original_module"):
+            # PEFT's modules_to_save keeps the original beside copies of the same shape.
+            pending.append(module.original_module)
         elif is_dense_linear(module) and module is not head:
             total_bytes += module.weight.numel() * module.weight.element_size()
             weights += module.weight.numel()
@@ -255,25 +293,26 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     return total_bytes, weights
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, a clustered layer counting the weights that it stands for.
+
+    PEFT's `print_trainable_parameters` counts the bytes of the codes instead.
+    """
+    trainable = total = 0
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, ClusteredLinear):
+            total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
+            inside.update(id(parameter) for parameter in module.parameters())
+    for parameter in model.parameters():
+        trainable += parameter.numel() * parameter.requires_grad
+        # The codes of a dense base are bytes too, and no parameters.
+        total += parameter.numel() * (id(parameter) not in inside and parameter.dtype != torch.uint8)
+    return trainable, total
+
+
 def _refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
     """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) =
     floor(i·m/in).
     """
     return codebook if codebook.shape[0] == blocks else codebook.repeat_interleave(blocks // codebook.shape[0], 0)
-
-
-def _rescale(scale: torch.Tensor | None, changes: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
-    if not changes:
-        return scale
-    factor = 1 + sum(changes[1:], start=changes[0])
-    return _round(factor if scale is None else scale.to(factor.dtype) * factor, dtype)
-
-
-def _round(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds to `dtype` but stays in the dtype of `value`; the gradient passes unchanged.
-
-    `value + (rounded - value)` is `rounded` exactly: the difference of two neighbours is representable.
-    """
-    if dtype == value.dtype:
-        return value
-    return value + (value.detach().to(dtype).to(value.dtype) - value.detach())

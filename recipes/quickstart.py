@@ -105,7 +105,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
             output_dir=os.path.join(folder, "trainer"),
             max_steps=options.sft_steps,
             per_device_train_batch_size=32,
-            learning_rate=2e-4,
+            learning_rate=1e-4,
             lr_scheduler_type="cosine",
             warmup_steps=20,
             max_length=WINDOW,

@@ -49,7 +49,12 @@ class ScriptArguments:
     group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})
     num_clusters: int | None = field(default=None, metadata={"help": "Dense model: centroids per codebook."})
     scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
-    num_blocks: int = field(default=1, metadata={"help": "Delta codebooks per matrix: the knob for capacity."})
+    num_blocks: int = field(
+        default=4,
+        metadata={
+            "help": "Delta codebooks per matrix: the knob for capacity. Merging stores them all; 1 adds no bits."
+        },
+    )
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales."})
     delta_scale: float = field(default=ClusCompConfig.delta_scale, metadata={"help": "Unit of the deltas."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Layers to train (default: all)."})

@@ -331,3 +331,146 @@ def test_safe_merge_finds_nan(compressed, tokens):
 def test_a_checkpoint_is_already_quantised(compressed_dir):
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         AutoModelForCausalLM.from_pretrained(compressed_dir, quantization_config=ClusCompQuantizationConfig(bits=2))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "born", "dense"])
+def test_weights_of_another_base_for_an_adapter_that_is_there(kind, dense_dir, compressed_dir, tmp_path, tokens):
+    """What a Trainer does when it resumes: PEFT reads no config then."""
+
+    def fresh(seed):
+        if kind == "compressed":
+            quantization = ClusCompQuantizationConfig(**BORN, seed=seed)
+            return AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=quantization)
+        return AutoModelForCausalLM.from_pretrained(dense_dir)
+
+    seeds = ({}, {}) if kind == "compressed" else ({"seed": 0}, {"seed": 1})
+    get_peft_model(fresh(0), config_for(kind, init_weights=False, **seeds[0])).save_pretrained(tmp_path)
+    model = get_peft_model(fresh(1), config_for(kind, init_weights=False, **seeds[1]))
+    expected = logits_of(model, tokens)
+    with pytest.raises(ValueError, match="another base"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits_of(model, tokens), expected)
+
+
+def test_an_adapter_of_a_merged_base_on_the_unmerged_one(adapter, compressed, compressed_dir, tmp_path):
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(compressed_dir), adapter
+    ).merge_and_unload()
+    get_peft_model(merged, config_for("compressed", init_weights=False)).save_pretrained(tmp_path / "second")
+    with pytest.warns(UserWarning, match="but other codebooks"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), tmp_path / "second")
+
+
+def interrupt(monkeypatch, after: int):
+    """Ctrl-C while the given matrix is clustered."""
+    from cluscomp_peft.tuner import model as tuner_model
+
+    done = []
+    original = tuner_model.cluster_linear
+
+    def clustering(*arguments, **settings):
+        done.append(1)
+        if len(done) > after:
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(tuner_model, "cluster_linear", clustering)
+
+
+def test_an_interrupted_injection_is_undone(dense_dir, tokens, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    expected = logits_of(model, tokens)
+    interrupt(monkeypatch, after=5)
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(model, config_for("born"))
+    assert_untouched(model, expected, tokens)
+
+
+@pytest.mark.parametrize("kind", ["born", "dense", "compressed"])
+def test_more_blocks_than_channels(kind, dense_dir, compressed_dir, tokens):
+    model = AutoModelForCausalLM.from_pretrained(compressed_dir if kind == "compressed" else dense_dir)
+    expected = logits_of(model, tokens)
+    with pytest.raises(ValueError, match="num_blocks=40 is more than the 32 input channels"):
+        get_peft_model(model, config_for(kind, num_blocks=40))
+    assert_untouched(model, expected, tokens)
+
+
+def test_weights_beyond_the_range_of_the_codebook(tokens):
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 1e5
+    expected = logits_of(model, tokens)
+    with pytest.raises(ValueError, match=r"down_proj has values up to 1e\+05"):
+        get_peft_model(model, config_for("born", codebook_dtype="float16"))
+    assert_untouched(model, expected, tokens)
+
+
+def test_two_kinds_of_base_on_one_model(dense_dir):
+    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model.add_adapter(config_for("born"), "first")
+    with pytest.raises(ValueError, match="one kind of base"):
+        model.add_adapter(config_for("dense"), "second")
+    assert set(model.peft_config) == {"first"}
+
+
+def test_dense_and_clustered_layers_in_one_adapter(compressed, tokens):
+    expected = logits_of(compressed, tokens)
+    with pytest.raises(ValueError, match="dense layers .lm_head. beside clustered ones"):
+        get_peft_model(compressed, config_for("compressed", target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"modules_to_save names model\.layers\.0\.mlp\.up_proj, which is clustered"):
+        get_peft_model(compressed, config_for("compressed", modules_to_save=["up_proj"], target_modules=["q_proj"]))
+    assert_untouched(compressed, expected, tokens)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": "3"}, {"group_size": 2.0, "num_clusters": 8}, {"iterations": 2.5}, {"bits": True}]
+)
+def test_settings_of_the_wrong_type(settings):
+    for config in (ClusCompQuantizationConfig, ClusCompConfig):
+        with pytest.raises(ValueError, match="must be a"):
+            config(**settings)
+    for wrong in ({"num_blocks": 2.0}, {"num_blocks": True}, {"delta_scale": float("inf")}):
+        with pytest.raises(ValueError, match="must be a"):
+            ClusCompConfig(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["born", "dense"])
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"group_size": 2, "num_clusters": 12}])
+def test_other_clustering_for_a_second_adapter(kind, settings, dense_dir):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config_for(kind))
+    with pytest.raises(ValueError, match="share the codes"):
+        model.add_adapter("other", ClusCompConfig(base="dense" if kind == "dense" else "clustered", **settings))
+    assert set(model.peft_config) == {"default"}
+
+
+def test_clustering_settings_on_a_compressed_model(compressed):
+    with pytest.warns(UserWarning, match="compressed already"):
+        get_peft_model(compressed, ClusCompConfig(bits=2))
+
+
+def test_a_cast_model_saves_what_it_computes(compressed, tokens, tmp_path):
+    compressed.to(torch.float32)
+    model = get_peft_model(compressed, config_for("compressed", init_weights=False))
+    merged = model.merge_and_unload()
+    expected = logits_of(merged, tokens)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
+    merged.model.layers[0].mlp.up_proj.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="several dtypes"):
+        merged.save_pretrained(tmp_path)
+
+
+def test_a_model_compressed_on_the_fly_can_be_copied(dense_dir, tokens, monkeypatch):
+    import copy
+
+    from cluscomp_peft.hf import quantizer
+
+    class Bar(quantizer.tqdm):
+        """A bar that a terminal watches."""
+
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **{**settings, "disable": False})
+
+    monkeypatch.setattr(quantizer, "tqdm", Bar)
+    config = ClusCompQuantizationConfig(**BORN)
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    assert torch.equal(logits_of(copy.deepcopy(model), tokens), logits_of(model, tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cluscomp_peft import ClusCompConfig, ClusCompLayer, ClusteredLinear
 from cluscomp_peft.hf.evaluate import true_bits
+from cluscomp_peft.linear import count_parameters
 
 from .conftest import config_for, logits_of, tiny_llama, train_briefly
 
@@ -244,8 +246,10 @@ def test_the_adapter_of_a_compressed_model_holds_deltas_only(compressed_dir, tmp
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(compressed_dir), config_for("compressed"))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert {name.rpartition(".")[2] for name in tensors} == {"codebook", "scale_in", "scale_out"}
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    deltas = {name: tensor for name, tensor in tensors.items() if not name.endswith("cluscomp_fingerprint")}
+    assert {name.rpartition(".")[2] for name in deltas} == {"codebook", "scale_in", "scale_out"}
+    assert all(tensor.dtype == torch.float32 for tensor in deltas.values())
+    assert sum(tensor.numel() for name, tensor in tensors.items() if name not in deltas) == 14 * 16
 
 
 def test_a_config_of_a_loaded_adapter_starts_a_fresh_one(base, tokens, tmp_path):
@@ -343,3 +347,71 @@ def test_true_bits_with_an_adapter_are_those_after_merging(compressed_dir, setti
         base_bits = true_bits(model)
     assert base_bits < bits
     assert true_bits(model.merge_and_unload()) == bits
+
+
+def test_true_bits_do_not_count_copies_of_the_head(compressed_dir):
+    model = AutoModelForCausalLM.from_pretrained(compressed_dir)
+    bits = true_bits(model)
+    assert true_bits(get_peft_model(model, config_for("compressed", modules_to_save=["lm_head"]))) == bits
+
+
+def test_parameters_are_counted_as_weights(dense_dir, compressed_dir):
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir)
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(compressed_dir), config_for("compressed"))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert count_parameters(model) == (trainable, total + trainable)
+    model = get_peft_model(dense, config_for("dense"))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert count_parameters(model) == (trainable, total + trainable)
+
+
+def test_a_config_can_be_used_again_after_saving(base, tokens, tmp_path):
+    model, kind = base
+    config = config_for(kind)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fingerprint"]
+    fresh = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    again = get_peft_model(fresh, dataclasses.replace(config, num_blocks=2))
+    assert torch.isfinite(logits_of(again, tokens)).all()
+
+
+def mixin_loaded(base, tmp_path, tokens):
+    """A model with an adapter that transformers' own loader set, past PEFT's hooks, and the logits it must give."""
+    model, kind = base
+    folder = model.config._name_or_path
+    wrapped = get_peft_model(model, config_for(kind, init_weights=False))
+    expected = logits_of(wrapped, tokens)
+    wrapped.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(folder)
+    fresh.load_adapter(str(tmp_path), is_trainable=True)
+    return fresh, expected
+
+
+def test_a_mixin_loaded_adapter_compiles(base, tmp_path, tokens):
+    model, expected = mixin_loaded(base, tmp_path, tokens)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(input_ids=tokens, use_cache=False).logits, expected, atol=1e-5)
+
+
+def test_a_mixin_loaded_adapter_means_the_same_to_everybody(base, tmp_path, tokens):
+    model, expected = mixin_loaded(base, tmp_path, tokens)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert torch.equal(logits_of(model, tokens), expected)
+    model.load_state_dict(state)
+    assert torch.equal(logits_of(model, tokens), expected)
+    model.train()  # now in units for an optimiser
+    assert torch.equal(logits_of(model, tokens), expected)
+    assert train_briefly(model, tokens)[0] > 0
+    assert not torch.equal(logits_of(model, tokens), expected)
+
+
+def test_inductor_does_not_leave_the_rounding_out():
+    from cluscomp_peft import ops
+
+    values = torch.randn(257)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = torch.compile(lambda x, dtype=dtype: ops.round_to(x, dtype) * 1.0, fullgraph=True)(values)
+        assert torch.equal(rounded, values.to(dtype).float())
+        assert not torch.equal(rounded, values)

@@ -41,6 +41,11 @@ def check_settings(
     Raises:
         ValueError: Naming the value, the limit and the cure.
     """
+    for name, value in (("group_size", group_size), ("num_clusters", num_clusters), ("iterations", iterations)):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float))):
+        raise ValueError(f"bits must be a number, got {bits!r}.")
     if (group_size is None) != (num_clusters is None):
         raise ValueError(
             f"group_size and num_clusters go together, got group_size={group_size} and num_clusters={num_clusters}; "

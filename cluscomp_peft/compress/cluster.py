@@ -21,7 +21,7 @@ from ..clustering import kmeans
 from ..codes import ClusterSpec, group, pack
 from ..linear import ClusteredLinear, weight_of
 
-__all__ = ["check_finite", "cluster_codes", "cluster_linear"]
+__all__ = ["check_finite", "check_range", "cluster_codes", "cluster_linear"]
 
 
 def cluster_linear(module: nn.Module, spec: ClusterSpec, **settings: Any) -> ClusteredLinear:
@@ -66,12 +66,7 @@ def cluster_codes(
     if spec.num_blocks != 1:
         raise ValueError(f"{name}: a weight is clustered into one codebook, got num_blocks={spec.num_blocks}.")
     check_finite(weight, name)
-    limit = torch.finfo(codebook_dtype).max
-    if weight.abs().max() > limit:
-        raise ValueError(
-            f"{name} has values up to {float(weight.abs().max()):.3g}, but {codebook_dtype} holds at most "
-            f"{limit:.3g}; choose codebook_dtype='bfloat16' or 'float32'."
-        )
+    check_range(weight, codebook_dtype, name)
     weight = weight.float()
     scale_in = _rms(weight, 0).to(codebook_dtype) if spec.scale_in else None
     if scale_in is not None:
@@ -112,6 +107,16 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"{name} has {bad} NaN or infinite values of {weight.numel()}; the checkpoint is damaged or was trained "
             "to divergence. Load a sound one, or leave the layer out with exclude_modules."
+        )
+
+
+def check_range(weight: torch.Tensor, codebook_dtype: torch.dtype, name: str) -> None:
+    """Raises a ValueError that names the layer if the weight has values that `codebook_dtype` cannot hold."""
+    limit, largest = torch.finfo(codebook_dtype).max, float(weight.abs().max())
+    if largest > limit:
+        raise ValueError(
+            f"{name} has values up to {largest:.3g}, but {codebook_dtype} holds at most {limit:.3g}; choose "
+            "codebook_dtype='bfloat16' or 'float32'."
         )
 
 

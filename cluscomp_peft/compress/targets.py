@@ -22,8 +22,7 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of
     embeddings; every one in a model without such lists. Layers whose weight is shared with another module, or is
-    computed (by pruning or a parametrisation), are left out
-    as well.
+    computed (by pruning or a parametrisation), are left out as well.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     owners: dict[int, int] = {}

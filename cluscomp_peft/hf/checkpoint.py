@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ __all__ = [
     "compress_checkpoint",
     "inspect_checkpoint",
     "read_report",
-    "report_rows",
 ]
 
 REPORT_NAME = "cluscomp_report.json"
@@ -157,8 +156,9 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     if not isinstance(quantization, ClusCompQuantizationConfig):
         raise ValueError(f"{path} is no ClusComp checkpoint: its config.json has no cluscomp quantization_config.")
     shapes = _tensor_shapes(folder)
+    del config.quantization_config  # the plain model has the names and shapes
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_without_quantization(config))
+        model = AutoModelForCausalLM.from_config(config)
     layers = dict(model.named_modules())
     report = read_report(folder)
     errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
@@ -216,11 +216,6 @@ def read_report(folder: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is damaged ({error!r}); remove it, it only holds notes.") from error
 
 
-def report_rows(matrices: list[MatrixReport]) -> list[dict[str, Any]]:
-    """The reports as plain dicts, for JSON."""
-    return [asdict(entry) for entry in matrices]
-
-
 def _importance(source: str, tokenizer: Any, path: str, samples: int, dtype: str) -> dict[str, torch.Tensor]:
     if samples < 1:
         raise ValueError(f"calibration needs at least one sample, got {samples}.")
@@ -265,11 +260,6 @@ def _no_loading_bar() -> Iterator[None]:
 def _relative(entry: dict[str, float]) -> dict[str, float]:
     error = (entry["squared_error"] / max(entry["squared_norm"], 1e-30)) ** 0.5
     return {"relative_error": error, "true_bits": entry["true_bits"], "seconds": entry["seconds"]}
-
-
-def _without_quantization(config: Any) -> Any:
-    config.__dict__.pop("quantization_config", None)
-    return config
 
 
 def _weight_files(folder: str) -> list[str]:

@@ -93,6 +93,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if self._progress is not None:
                 self._progress.close()
+                self._progress = None  # it holds a terminal, which cannot be copied or pickled with the model
             if self.failure is not None:
                 raise self.failure
             self._record(model)
@@ -113,7 +114,7 @@ class ClusCompHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return ClusterOnLoad(self)
 
-    def clustered(self, name: str, weight: torch.Tensor, layer: ClusteredLinear, seconds: float) -> None:
+    def note(self, name: str, weight: torch.Tensor, layer: ClusteredLinear, seconds: float) -> None:
         """Notes what became of one dense weight [out, in]."""
         weight = weight.float()
         self.report[name] = {
@@ -150,6 +151,14 @@ class ClusCompHfQuantizer(HfQuantizer):
         """Writes what the model holds now into its quantization config."""
         specs = {name.removesuffix(".base_layer"): module.spec for name, module in clustered_linears(model)}
         names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+        dtypes = {str(module.codebook.dtype).removeprefix("torch.") for _, module in clustered_linears(model)}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"the codebooks of this model have several dtypes ({', '.join(sorted(dtypes))}), but a checkpoint has "
+                "one; cast the model as a whole with model.to(dtype)."
+            )
+        if dtypes:
+            self.quantization_config.codebook_dtype = dtypes.pop()
         self.quantization_config.layout = summarize(specs, names)
         self.quantization_config.fingerprint = None if _has_meta(model) else model_fingerprint(model)
         model.config.quantization_config = self.quantization_config
@@ -198,7 +207,7 @@ class ClusterOnLoad(ConversionOps):
         for parameter in clustered.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, clustered)
-        self.hf_quantizer.clustered(name, weight_of(dense), clustered, time.perf_counter() - started)
+        self.hf_quantizer.note(name, weight_of(dense), clustered, time.perf_counter() - started)
         return {}
 
 

@@ -21,7 +21,7 @@ import torch
 from ..codes import code_bits, num_groups, packed_width
 from . import reference
 
-__all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "codebook_grad", "decode", "linear"]
+__all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
 
 
 @torch.library.custom_op("cluscomp::decode", mutates_args=())
@@ -119,6 +119,30 @@ def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
 
 
 LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)
+
+
+# An op of its own, because a compiler that sees a cast down and up again leaves both out, and with them the promise
+# that a merged codebook holds what the forward pass used.
+@torch.library.custom_op("cluscomp::round_to", mutates_args=())
+def ROUND_TO(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(dtype).to(values.dtype, copy=True)
+
+
+@ROUND_TO.register_fake
+def _(values, dtype):
+    return torch.empty_like(values)
+
+
+def _round_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+    return grad_output, None
+
+
+ROUND_TO.register_autograd(_round_backward)
+
+
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values rounded to what `dtype` can hold, in their own dtype; the gradient passes unchanged."""
+    return values if dtype == values.dtype else ROUND_TO(values, dtype)
 
 
 def decode(

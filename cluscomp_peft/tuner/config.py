@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,8 @@ BASES = ("clustered", "dense")
 class ClusCompConfig(PeftConfig):
     """Configuration of a [`ClusCompModel`].
 
-    On a compressed checkpoint every argument about clustering is ignored: the codes are there. On a dense model they
-    say how its weights are clustered when the adapter is created.
+    On a compressed checkpoint the codes are there, and arguments about clustering are ignored with a warning. On a
+    dense model they say how its weights are clustered when the first adapter is created.
 
     Args:
         base (`str`): What the adapter sits on. "clustered": the codes and codebooks of a compressed checkpoint, or, on
@@ -53,6 +54,8 @@ class ClusCompConfig(PeftConfig):
         iterations (`int`): Dense model: K-means iterations per matrix, at most.
         layout (`dict`): Written on saving: how the codes are stored, by name pattern.
         fingerprint (`str`, *optional*): Written on saving: digest of the codes that the adapter belongs to.
+        codebook_fingerprint (`str`, *optional*): Written on saving: digest of the codebooks and scales it was trained
+            on, which merging changes while the codes stay.
         carries_codes (`bool`): Written on saving: the adapter file holds codes, so it belongs on the dense model.
 
     Raises:
@@ -77,7 +80,7 @@ class ClusCompConfig(PeftConfig):
     num_blocks: int = field(default=1, metadata={"help": "Delta codebooks per matrix, the knob for capacity."})
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
     delta_scale: float = field(
-        default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
+        default=512.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
     bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
@@ -91,6 +94,9 @@ class ClusCompConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Written on saving: how the codes are stored."}
     )
     fingerprint: str | None = field(default=None, metadata={"help": "Written on saving: digest of the codes."})
+    codebook_fingerprint: str | None = field(
+        default=None, metadata={"help": "Written on saving: digest of codebooks and scales."}
+    )
     carries_codes: bool = field(default=False, metadata={"help": "Written on saving: the file holds codes."})
     # PEFT and TRL read these two of every config.
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
@@ -117,21 +123,20 @@ class ClusCompConfig(PeftConfig):
                 "ClusComp adapts linear layers only, not target_parameters or trainable_token_indices; train an "
                 "embedding whole through modules_to_save."
             )
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
-        if not self.delta_scale > 0:
-            raise ValueError(f"delta_scale must be greater than 0, got {self.delta_scale}.")
-        if self.bits is None and self.group_size is None and self.num_clusters is None:
-            self.bits = 4.0
+        if type(self.num_blocks) is not int or self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be a whole number of at least 1, got {self.num_blocks!r}.")
+        if not isinstance(self.delta_scale, (int, float)) or not 0 < self.delta_scale < math.inf:
+            raise ValueError(f"delta_scale must be a finite number greater than 0, got {self.delta_scale!r}.")
         dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
         if dtype not in CODEBOOK_DTYPES:
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
-        check_settings(self.bits, self.group_size, self.num_clusters, dtype, self.iterations)
+        check_settings(self.target_bits, self.group_size, self.num_clusters, dtype, self.iterations)
         # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
-        # Layers are then built empty, without K-means. A fingerprint that saving writes later does not count.
+        # Layers are then built empty, without K-means.
         self._expects_weights = self.fingerprint is not None
         self._source: str | None = None
+        self._facts: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -139,6 +144,33 @@ class ClusCompConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config._source = os.path.join(pretrained_model_name_or_path, subfolder or "")
         return config
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the config asks for a certain clustering."""
+        return (self.bits, self.group_size, self.num_clusters) != (None, None, None)
+
+    @property
+    def target_bits(self) -> float | None:
+        """The budget of true bits: as given, or 4 where nothing is said."""
+        return 4.0 if self.bits is None and self.group_size is None and self.num_clusters is None else self.bits
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """What to write beside the adapter: `layout`, fingerprints, `carries_codes`.
+
+        Kept apart from the fields, so that a further adapter made from this config does not inherit them.
+        """
+        self._facts = facts
+
+    def settle(self) -> None:
+        """The saved weights are in: from here on the config is like any other."""
+        self._expects_weights, self._source = False, None
+        self.layout, self.carries_codes = {}, False
+        self.fingerprint = self.codebook_fingerprint = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with what the last saving found out."""
+        return {**super().to_dict(), **self._facts}
 
     @property
     def expects_weights(self) -> bool:

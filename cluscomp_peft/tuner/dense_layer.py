@@ -3,7 +3,8 @@
     y = x W'ᵀ + bias,    W' = s_out · (W + ΔC[codes]) · s_in,    s = 1 + Σδ
 
 The effective weight is made inside the op, forward and backward, and never kept. Merging stores it, rounded once to
-the dtype of W, so the merged layer computes what the unmerged one did in that dtype.
+the dtype of W, so the merged layer computes what the unmerged one did in that dtype. (Under an autocast to another
+16-bit dtype the merged weight is rounded twice, the unmerged one once.)
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
-from ..linear import Delta, apply_deltas, weight_of
+from ..linear import sum_deltas, weight_of
 from .config import ClusCompConfig
 from .layer import ClusCompLayer, refuse_non_finite
 
 __all__ = ["ClusCompDenseLinear"]
 
 
-class ClusCompDenseLinear(nn.Module, ClusCompLayer):
+class ClusCompDenseLinear(ClusCompLayer, nn.Module):
     """An adapter on a dense weight: `W' = (W + ΔC[codes]) · (1 + δ)`. The frozen `codes` are shared by all
     adapters.
     """
@@ -39,7 +40,7 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         spec: ClusterSpec,
         codes: torch.Tensor | None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         out_features, in_features = weight_of(base_layer).shape
         ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
         if codes is None:  # to be loaded
@@ -70,14 +71,19 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         """Bytes of the dense weight, which merging does not change."""
         return self.base_layer.weight.numel() * self.base_layer.weight.element_size()
 
+    def _total(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """ΔC and the scales 1 + Σδ of the given adapters."""
+        delta = sum_deltas(self.deltas(adapter_names))
+        scales = [None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out)]
+        return delta.codebook, scales[0], scales[1]
+
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         weight = self.base_layer.weight
-        deltas = self.deltas(adapter_names)
-        scale_in, scale_out = _total_scales(deltas)
+        codebook, scale_in, scale_out = self._total(adapter_names)
         with torch.no_grad():
             merged = ops.decode(
                 self.codes,
-                _total_codebook(deltas),
+                codebook,
                 scale_in,
                 scale_out,
                 weight_of(self.base_layer),
@@ -95,12 +101,11 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
-        deltas = self.deltas(self.active_adapters)
-        scale_in, scale_out = _total_scales(deltas)
+        codebook, scale_in, scale_out = self._total(self.active_adapters)
         return ops.linear(
             x,
             self.codes,
-            _total_codebook(deltas),
+            codebook,
             scale_in,
             scale_out,
             weight_of(self.base_layer),
@@ -117,20 +122,4 @@ class ClusCompDenseLinear(nn.Module, ClusCompLayer):
         return self.base_layer
 
     def __repr__(self) -> str:
-        return "cluscomp." + super().__repr__()
-
-
-def _total_codebook(deltas: list[Delta]) -> torch.Tensor:
-    """Σ ΔC [m, n, g] over adapters with different numbers of blocks."""
-    zero = torch.zeros_like(deltas[0].codebook[:1])
-    codebook, _, _ = apply_deltas(zero, None, None, deltas)
-    return codebook
-
-
-def _total_scales(deltas: list[Delta]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """1 + Σδ of both kinds of scales, None where no adapter has any."""
-    totals: list[torch.Tensor | None] = []
-    for changes in ([delta.scale_in for delta in deltas], [delta.scale_out for delta in deltas]):
-        present = [change for change in changes if change is not None]
-        totals.append(1 + sum(present[1:], start=present[0]) if present else None)
-    return totals[0], totals[1]
+        return "cluscomp." + nn.Module.__repr__(self)

@@ -9,7 +9,8 @@ What an adapter of a layer trains is a small module under its name, `cluscomp_de
 
 The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
 them is exact. They belong to the process, not to the adapter: files hold absolute deltas, which mean the same on
-whatever base they meet later. Tensors read from a file are absolute until [`ClusCompLayer.settle`] divides them.
+whatever base they meet later. An adapter whose weights are still to come has units of 1, so that file and layer agree
+whoever sets the tensors; PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import warnings
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..codes import ClusterSpec
+from ..codes import ClusterSpec, value_fingerprint
 from ..linear import ClusteredLinear, Delta
 from .config import ClusCompConfig
 
@@ -51,7 +53,7 @@ class ClusCompLayer(BaseTunerLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ()
+    other_param_names = ("cluscomp_fingerprint",)
 
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
@@ -67,7 +69,10 @@ class ClusCompLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # What merging replaced, kept so that unmerging restores it bit for bit.
         self._unmerged: dict[str, torch.Tensor | None] | None = None
+        # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
         self._pending: set[str] = set()
+        self._absolute: set[str] = set()
+        self.cluscomp_fingerprint = BufferDict({}, persistent=True)
         self._home = device
 
     # -- adapters
@@ -80,17 +85,16 @@ class ClusCompLayer(BaseTunerLayer):
         """Digest of the codes of this layer's base."""
         raise NotImplementedError
 
+    def codebook_fingerprint(self) -> str:
+        """Digest of the base's codebook and scales without merged adapters; of nothing on a dense base."""
+        return ""
+
     def base_values(self) -> torch.Tensor:
         """What units are relative to: the codebook, or on a dense base the weight."""
         raise NotImplementedError
 
     def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:
         """Creates the adapter for a base stored as `spec`."""
-        if config.num_blocks > self.in_features:
-            raise ValueError(
-                f"num_blocks={config.num_blocks} is more than the {self.in_features} input channels of a layer; a "
-                "block needs at least one."
-            )
         train_in = spec.scale_in if config.train_scales is None else config.train_scales
         train_out = spec.scale_out if config.train_scales is None else config.train_scales
         spec = ClusterSpec(spec.group_size, spec.num_clusters, config.num_blocks, train_in, train_out)
@@ -100,18 +104,23 @@ class ClusCompLayer(BaseTunerLayer):
         if config.expects_weights:
             for parameter in delta.parameters():
                 parameter.data.fill_(math.nan)
+            self._units[adapter_name] = (1.0, 1.0)
             self._pending.add(adapter_name)
+            self._absolute.add(adapter_name)
         elif not config.init_weights:
             for key, parameter in delta.named_parameters():
                 size = rms if key == "codebook" else 1.0
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
         self.cluscomp_delta[adapter_name] = delta
+        # Filled when the adapter is saved or loaded: the digest of the codes that it belongs to.
+        self.cluscomp_fingerprint[adapter_name] = torch.zeros(16, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._pending.discard(adapter_name)
+        self._absolute.discard(adapter_name)
         self._delta_scales.pop(adapter_name, None)
         self._units.pop(adapter_name, None)
 
@@ -168,26 +177,59 @@ class ClusCompLayer(BaseTunerLayer):
             self.base_layer.to(device)
 
     def settle(self, adapter_names: list[str]) -> None:
-        """Takes in adapters whose weights were loaded past PEFT's hooks, as transformers' `model.load_adapter` does.
-
-        Such tensors are absolute; they are brought to units in place. Costs nothing once it is done.
+        """Makes sure that weights which were to be loaded have arrived; costs nothing once it is known.
 
         Raises:
-            RuntimeError: If weights were to be loaded and never arrived.
+            RuntimeError: If they have not, or belong to other codes, or the first pass is a compiled one.
         """
-        if not self._pending or torch.compiler.is_compiling():
+        waiting = self._pending.intersection(adapter_names)
+        if not waiting:
             return
-        for name in self._pending.intersection(adapter_names):
+        if torch.compiler.is_compiling():
+            raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
+        for name in waiting:
             self._refuse_unloaded(name)
-            self.set_units(name)
-            with torch.no_grad():
-                for key, parameter in self.cluscomp_delta[name].named_parameters():
-                    parameter.div_(self.unit_of(name, key))
+            self.check_fingerprint(name, self.cluscomp_fingerprint[name])
             self._pending.discard(name)
 
+    def awaits(self, adapter_name: str) -> bool:
+        """Whether the adapter's weights are still to be loaded."""
+        return adapter_name in self._pending
+
     def loaded(self, adapter_name: str) -> None:
-        """Notes that PEFT's hooks saw the weights, which are in units already."""
+        """Notes that PEFT's hook saw the weights and brought them to units."""
         self._pending.discard(adapter_name)
+        self._absolute.discard(adapter_name)
+
+    def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:
+        """Holds the digest that came with an adapter's weights against the codes of this layer.
+
+        Raises:
+            ValueError: If they are not the same codes.
+        """
+        if not bool(saved.any()):  # a file that was not written by this package's hooks
+            return
+        found = bytes(saved.cpu().tolist()).hex()
+        if found != self.fingerprint():
+            raise ValueError(
+                f"adapter {adapter_name!r} belongs to another base: it was made for codes with fingerprint {found}, "
+                f"but a layer of this model has {self.fingerprint()}. Load the base that the adapter was trained on."
+            )
+
+    def train(self, mode: bool = True):
+        """Also brings adapters that were loaded past PEFT's hook to units, in place, before an optimiser moves
+        them.
+        """
+        if mode and self._absolute and not torch.compiler.is_compiling():
+            for name in list(self._absolute):
+                if any(parameter.requires_grad for parameter in self.cluscomp_delta[name].parameters()):
+                    self.settle([name])
+                    self.set_units(name)
+                    with torch.no_grad():
+                        for key, parameter in self.cluscomp_delta[name].named_parameters():
+                            parameter.div_(self.unit_of(name, key))
+                    self._absolute.discard(name)
+        return super().train(mode)
 
     def _refuse_unloaded(self, adapter_name: str) -> None:
         values = [*self.cluscomp_delta[adapter_name].parameters()]
@@ -261,7 +303,7 @@ class ClusCompLayer(BaseTunerLayer):
         return self.merged or not any(name in self.cluscomp_delta for name in self.active_adapters)
 
 
-class ClusCompLinear(nn.Module, ClusCompLayer):
+class ClusCompLinear(ClusCompLayer, nn.Module):
     """An adapter on codes. `dense_dtype` is the dtype of the weight that was clustered, None on a compressed model."""
 
     base_layer: ClusteredLinear
@@ -275,7 +317,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         dense_dtype: torch.dtype | None = None,
         spec: ClusterSpec | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         ClusCompLayer.__init__(self, base_layer, base_layer.in_features, base_layer.out_features, device)
         self.dense_dtype = dense_dtype
         self.dense_born = dense_dtype is not None
@@ -289,13 +331,16 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         self._add(adapter_name, config, spec or self.base_spec())
 
     def base_spec(self) -> ClusterSpec:
-        shape, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
-        assert shape is not None
-        blocks, clusters, group_size = shape.shape
-        return ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
+        assert codebook is not None
+        return ClusterSpec.of(codebook, scale_in, scale_out)
 
     def fingerprint(self) -> str:
         return self.base_layer.fingerprint()
+
+    def codebook_fingerprint(self) -> str:
+        parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]
+        return value_fingerprint([part for part in parts if part is not None])
 
     def base_values(self) -> torch.Tensor:
         codebook = self.base_tensor("codebook")
@@ -307,9 +352,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         if self.merged or self.disable_adapters:
             return self.base_layer.stored_bytes()
         with torch.no_grad():
-            codebook, scale_in, scale_out = self.base_layer.effective(self.deltas(self.active_adapters))
-        blocks, clusters, group_size = codebook.shape
-        spec = ClusterSpec(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
+            spec = ClusterSpec.of(*self.base_layer.effective(self.deltas(self.active_adapters)))
         return spec.num_bytes(self.in_features, self.out_features, self.base_layer.codebook.element_size())
 
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
@@ -337,7 +380,7 @@ class ClusCompLinear(nn.Module, ClusCompLayer):
         return self.base_layer if self.dense_dtype is None else self.base_layer.to_dense(self.dense_dtype)
 
     def __repr__(self) -> str:
-        return "cluscomp." + super().__repr__()
+        return "cluscomp." + nn.Module.__repr__(self)
 
 
 def _power_of_two(value: float) -> float:

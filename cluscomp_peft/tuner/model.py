@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
-from ..compress.cluster import check_finite, cluster_codes, cluster_linear
+from ..compress.cluster import check_finite, check_range, cluster_codes, cluster_linear
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
-from ..linear import ClusteredLinear, Delta, is_dense_linear, weight_of
+from ..linear import ClusteredLinear, is_dense_linear, sum_deltas, weight_of
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
@@ -56,9 +56,16 @@ class ClusCompModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm | None = None
+        # Dense layers are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
+            for parent, name, layer in reversed(self._replaced):
+                setattr(parent, name, layer)
+            for module in model.modules():
+                if isinstance(module, ClusCompLayer) and adapter_name in module.cluscomp_delta:
+                    module.delete_adapter(adapter_name)
             self.peft_config.pop(adapter_name, None)
             # transformers' model.add_adapter() raises its flag before the adapter exists.
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -68,16 +75,7 @@ class ClusCompModel(BaseTuner):
             if self._progress is not None:
                 self._progress.close()
             self._progress = None
-
-    def _check_new_adapter_config(self, config: ClusCompConfig) -> None:
-        super()._check_new_adapter_config(config)
-        others = [other for other in self.peft_config.values() if other is not config]
-        for other in others:
-            if getattr(other, "base", config.base) != config.base:
-                raise ValueError(
-                    f"all adapters of a model share one kind of base: this one has base={config.base!r}, but the "
-                    f"model was made with base={other.base!r}."
-                )
+            self._replaced = []
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
@@ -138,10 +136,27 @@ class ClusCompModel(BaseTuner):
 
     def _check_layers(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
         capped = []
+        dense = [name for name, module in layers.items() if is_dense_linear(module)]
+        clustered = [name for name, module in layers.items() if isinstance(module, ClusteredLinear)]
+        if dense and clustered:
+            raise ValueError(
+                f"target_modules names dense layers ({dense[0]}) beside clustered ones ({clustered[0]}); an adapter "
+                "is on one kind of base. Train a dense layer of a compressed model whole, through modules_to_save."
+            )
+        for name, module in self.model.named_modules():
+            if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
+                raise ValueError(
+                    f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
+                    "target_modules."
+                )
         for name, module in layers.items():
             if isinstance(module, ClusCompLayer):
-                # Codes are shared by all adapters, so only a first adapter decides about them.
-                if config.group_size is not None and not config.expects_weights:
+                if isinstance(module, ClusCompDenseLinear) != (config.base == "dense"):
+                    raise ValueError(
+                        f"all adapters of a model share one kind of base: {name} is adapted on another one than "
+                        f"base={config.base!r}."
+                    )
+                if config.clusters and module.dense_born and not config.expects_weights:
                     self._check_same_codes(name, module, config)
             elif isinstance(module, ClusteredLinear):
                 if config.base == "dense":
@@ -150,20 +165,30 @@ class ClusCompModel(BaseTuner):
                         "call model.dequantize() first."
                     )
             elif is_dense_linear(module):
-                if config.expects_weights:
-                    continue
                 weight = weight_of(module)
-                if weight.device.type != "meta":
-                    check_finite(weight, name)
-                spec = self._spec(name, module, config)
-                if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
-                    capped.append(name)
+                if not config.expects_weights:
+                    if weight.device.type != "meta":
+                        check_finite(weight, name)
+                        if config.base == "clustered":
+                            check_range(weight, self._codebook_dtype(module, config), name)
+                    spec = self._spec(name, *weight.shape, config, self._codebook_dtype(module, config))
+                    if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
+                        capped.append(name)
             else:
                 raise ValueError(
                     f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
                     f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
                 )
-
+            in_features = weight_of(module).shape[1] if is_dense_linear(module) else module.in_features
+            if config.num_blocks > in_features:
+                raise ValueError(
+                    f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
+                    "needs at least one."
+                )
+        if clustered and config.clusters:
+            warnings.warn(
+                "bits, group_size and num_clusters are ignored: the model is compressed already.", stacklevel=2
+            )
         if capped:
             warnings.warn(
                 f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} "
@@ -173,26 +198,24 @@ class ClusCompModel(BaseTuner):
             )
 
     def _check_same_codes(self, name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
-        if not layer.dense_born or isinstance(layer, ClusCompDenseLinear):
-            return
         spec = layer.base_spec()
-        vectors = layer.in_features * -(-layer.out_features // config.group_size)
-        wanted = (config.group_size, min(config.num_clusters, max(2, vectors)))
-        if wanted != (spec.group_size, spec.num_clusters):
+        dtype = layer.base_layer.codebook.dtype if isinstance(layer, ClusCompLinear) else torch.float32
+        wanted = self._spec(name, layer.out_features, layer.in_features, config, dtype)
+        if (wanted.group_size, wanted.num_clusters) != (spec.group_size, spec.num_clusters):
             raise ValueError(
                 f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "
-                f"num_clusters={spec.num_clusters}, not with {wanted[0]} and {wanted[1]}. Use the same settings, or a "
-                "second copy of the dense model."
+                f"num_clusters={spec.num_clusters}, not with {wanted.group_size} and {wanted.num_clusters}. Leave the "
+                "settings out, or use a second copy of the dense model."
             )
 
-    def _spec(self, name: str, module: nn.Module, config: ClusCompConfig) -> ClusterSpec:
+    def _spec(
+        self, name: str, out_features: int, in_features: int, config: ClusCompConfig, dtype: torch.dtype
+    ) -> ClusterSpec:
         """How a dense layer will be clustered."""
-        out_features, in_features = weight_of(module).shape
-        dtype = self._codebook_dtype(module, config)
         return choose_spec(
             in_features,
             out_features,
-            bits=config.bits,
+            bits=config.target_bits,
             group_size=config.group_size,
             num_clusters=config.num_clusters,
             scales=config.scales,
@@ -245,12 +268,12 @@ class ClusCompModel(BaseTuner):
         dtype = self._codebook_dtype(target, config)
         if saved is not None or weight.device.type == "meta":
             # Nothing to cluster: codes come with the file. Built apart from init_empty_weights' patched registration.
-            spec = saved or self._spec(name, target, config)
+            spec = saved or self._spec(name, *weight.shape, config, dtype)
             clustered = _empty_like(target, spec, dtype)
         else:
             clustered = cluster_linear(
                 target,
-                self._spec(name, target, config),
+                self._spec(name, *weight.shape, config, dtype),
                 codebook_dtype=dtype,
                 iterations=config.iterations,
                 seed=config.seed,
@@ -265,9 +288,9 @@ class ClusCompModel(BaseTuner):
         """Spec and packed codes for an adapter on a dense weight; codes are None where a file has them."""
         if saved is not None:
             return saved, None
-        spec = self._spec(name, target, config)
-        spec = ClusterSpec(spec.group_size, spec.num_clusters)
         weight = weight_of(target)
+        spec = self._spec(name, *weight.shape, config, torch.float32)
+        spec = ClusterSpec(spec.group_size, spec.num_clusters)
         if weight.device.type == "meta":
             return spec, None
         packed, _, _, _ = cluster_codes(
@@ -278,6 +301,7 @@ class ClusCompModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight, which a clustered layer decodes at every access.
+        self._replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
 
     def _tick(self) -> None:
@@ -348,7 +372,7 @@ class ClusCompModel(BaseTuner):
         }
         configs = [self.peft_config[name] for name in adapters]
         config = copy.copy(configs[0])
-        config._expects_weights, config._source = False, None
+        config.settle()
         config.num_blocks = math.lcm(*(other.num_blocks for other in configs))
         config.target_modules, config.init_weights = set(layers), True
         flags = [other.train_scales for other in configs]
@@ -361,7 +385,7 @@ class ClusCompModel(BaseTuner):
             with torch.no_grad():
                 layer.set_deltas(
                     adapter_name,
-                    _weighted_sum(layer.deltas([name for name, _ in present]), [weight for _, weight in present]),
+                    sum_deltas(layer.deltas([name for name, _ in present]), [weight for _, weight in present]),
                 )
 
     # -- save and load
@@ -387,21 +411,13 @@ class ClusCompModel(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         settle_loaded(model, adapter_name, mapped)
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
-        config._expects_weights = False
+        config.settle()
         return mapped
 
 
-def _weighted_sum(deltas: list[Delta], weights: list[float]) -> Delta:
-    blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
-    codebooks = [delta.codebook.repeat_interleave(blocks // delta.codebook.shape[0], 0) for delta in deltas]
-
-    def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
-        terms = [value * weight for value, weight in zip(values, weights, strict=True) if value is not None]
-        return sum(terms[1:], start=terms[0]) if terms else None
-
-    codebook = total(list(codebooks))
-    assert codebook is not None
-    return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
+def _is_saved_whole(name: str, config: ClusCompConfig) -> bool:
+    """Whether PEFT will match the module by `modules_to_save`."""
+    return any(name == target or name.endswith(f".{target}") for target in config.modules_to_save or [])
 
 
 def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:

@@ -11,6 +11,7 @@ The config that PEFT writes beside the file says how the codes are stored (`layo
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -37,7 +38,7 @@ def describe_and_complete(
 
     Args:
         model: With the adapter; a `PeftModel` or the bare model.
-        config: Of the adapter; `layout`, `fingerprint` and `carries_codes` are set.
+        config: Of the adapter; told what to write beside the file.
         adapter_name: Which adapter.
         tensors: Model key to tensor, in units; changed in place.
 
@@ -45,14 +46,17 @@ def describe_and_complete(
         `tensors`, deltas absolute, with codes and codebooks where the base was dense.
     """
     specs: dict[str, ClusterSpec] = {}
-    fingerprints = []
-    config.carries_codes = False
+    fingerprints, codebooks = [], []
+    carries_codes = False
     for name, layer in _layers(model, adapter_name):
-        config.carries_codes |= layer.dense_born
+        carries_codes |= layer.dense_born
         specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
         if not _on_meta(layer):
             layer.settle([adapter_name])
             fingerprints.append(layer.fingerprint())
+            codebooks.append(layer.codebook_fingerprint())
+            digest = torch.tensor(list(bytes.fromhex(fingerprints[-1])), dtype=torch.uint8)
+            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = digest
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         for key in [key for key in tensors if key.startswith(prefix)]:
             tensors[key] = tensors[key] * layer.unit_of(adapter_name, key.removeprefix(prefix))
@@ -61,9 +65,14 @@ def describe_and_complete(
                 tensor = layer.base_tensor(key)
                 if tensor is not None:
                     tensors[f"{name}.base_layer.{key}"] = tensor.detach()
-    config.layout = summarize(specs, [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()])
+    facts = {
+        "carries_codes": carries_codes,
+        "layout": summarize(specs, [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]),
+    }
     if len(fingerprints) == len(specs):
-        config.fingerprint = combine_fingerprints(fingerprints)
+        facts["fingerprint"] = combine_fingerprints(fingerprints)
+        facts["codebook_fingerprint"] = combine_fingerprints(codebooks)
+    config.describe(facts)
     return tensors
 
 
@@ -74,8 +83,12 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
     shares the codes that are there: its own must be equal, and are dropped.
 
     Raises:
-        ValueError: If they are not equal.
+        ValueError: If they are not equal, or the adapter was made for other codes than the model has.
     """
+    for name, layer in _layers(model, adapter_name):
+        digest = tensors.get(f"{name}.cluscomp_fingerprint.{adapter_name}")
+        if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
+            layer.check_fingerprint(adapter_name, digest)
     for name, layer in _layers(model, adapter_name):
         bare = name.removeprefix(_FILE_PREFIX)
         spellings = (f"{bare}.base_layer.", f"{_FILE_PREFIX}{bare}.base_layer.")
@@ -128,6 +141,13 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
             raise ValueError(
                 f"this adapter belongs to another base: its codes have fingerprint {config.fingerprint}, those of "
                 f"this model {found}. Load the base that it was trained on ({config.base_model_name_or_path})."
+            )
+        codebooks = combine_fingerprints(layer.codebook_fingerprint() for layer in fixed)
+        if config.codebook_fingerprint not in (None, codebooks):
+            warnings.warn(
+                "the model has the codes of the adapter's base but other codebooks: one of the two was merged with an "
+                "adapter, or cast. The deltas are added to what is there.",
+                stacklevel=2,
             )
     absent = sorted(layers.keys() - specs.keys()) if config.carries_codes else []
     if absent:
