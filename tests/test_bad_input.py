@@ -414,7 +414,7 @@ def test_two_kinds_of_base_on_one_model(dense_dir):
 
 def test_dense_and_clustered_layers_in_one_adapter(compressed, tokens):
     expected = logits_of(compressed, tokens)
-    with pytest.raises(ValueError, match="dense layers .lm_head. beside clustered ones"):
+    with pytest.raises(ValueError, match=r"dense layers .lm_head. beside clustered ones"):
         get_peft_model(compressed, config_for("compressed", target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match=r"modules_to_save names model\.layers\.0\.mlp\.up_proj, which is clustered"):
         get_peft_model(compressed, config_for("compressed", modules_to_save=["up_proj"], target_modules=["q_proj"]))
