@@ -195,6 +195,10 @@ class ClusteredLinear(nn.Module):
             self._fingerprint = (key, fingerprint(self.codes, self.out_features, self.spec))
         return self._fingerprint[1]
 
+    def codes_on_meta(self) -> bool:
+        """Whether the codes are not in memory: offloaded, or still to be loaded."""
+        return self.codes.device.type == "meta"
+
     def codebook_fingerprint(self) -> str:
         """Digest of codebook and scales, which training and merging change while the codes stay."""
         parts = (self.codebook, self.scale_in, self.scale_out)

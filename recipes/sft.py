@@ -9,7 +9,7 @@ in `out/base`. The data are a hub id or a .jsonl/.json/.txt file (also .xz) with
 
     out/base            the compressed model, if MODEL was dense       cluscomp evaluate out/base --data valid.jsonl
     out                 the adapter                                    cluscomp evaluate out/base --adapter out …
-    out/merged          with --merge: base + adapter at the base's bits
+    out/merged          with --merge: base + adapter, still compressed
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def main() -> None:
         if base == own_base:
             tokenizer.save_pretrained(base)  # evaluation on the base shall read conversations as training did
     model = AutoModelForCausalLM.from_pretrained(base, dtype=script.dtype)
+    base_bits = true_bits(model)
     trainer = SFTTrainer(
         model=model,
         args=training,
@@ -120,7 +121,7 @@ def main() -> None:
     trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
-    done = [f"adapter in {training.output_dir}, base in {base} at {true_bits(model):.3f} true bits per weight"]
+    done = [f"adapter in {training.output_dir}, base in {base} at {base_bits:.3f} true bits per weight"]
     if script.merge:
         merged_dir = os.path.join(training.output_dir, "merged")
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(safe_merge=True)

@@ -1,0 +1,1 @@
+"""transformers' side: quantization config, quantizer, making and inspecting checkpoints, evaluation."""

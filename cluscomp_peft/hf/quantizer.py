@@ -260,7 +260,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _has_meta(model: nn.Module) -> bool:
-    return any(module.codes.device.type == "meta" for _, module in clustered_linears(model))
+    return any(module.codes_on_meta() for _, module in clustered_linears(model))
 
 
 def _matches(name: str, targets: list[str]) -> bool:

@@ -62,6 +62,9 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
     def fingerprint(self) -> str:
         return fingerprint(self.codes, self.out_features, self._spec)
 
+    def codes_on_meta(self) -> bool:
+        return self.codes.device.type == "meta"
+
     def base_values(self) -> torch.Tensor:
         weight = self.base_tensor("weight")
         assert weight is not None

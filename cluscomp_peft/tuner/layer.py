@@ -85,6 +85,10 @@ class ClusCompLayer(BaseTunerLayer):
         """Digest of the codes of this layer's base."""
         raise NotImplementedError
 
+    def codes_on_meta(self) -> bool:
+        """Whether the codes are not in memory: offloaded, or still to be loaded."""
+        raise NotImplementedError
+
     def codebook_fingerprint(self) -> str:
         """Digest of the base's codebook and scales without merged adapters; of nothing on a dense base."""
         return ""
@@ -112,8 +116,10 @@ class ClusCompLayer(BaseTunerLayer):
                 size = rms if key == "codebook" else 1.0
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
         self.cluscomp_delta[adapter_name] = delta
-        # Filled when the adapter is saved or loaded: the digest of the codes that it belongs to.
+        # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
         self.cluscomp_fingerprint[adapter_name] = torch.zeros(16, dtype=torch.uint8)
+        if not config.expects_weights:
+            self.sign(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -200,6 +206,12 @@ class ClusCompLayer(BaseTunerLayer):
         """Notes that PEFT's hook saw the weights and brought them to units."""
         self._pending.discard(adapter_name)
         self._absolute.discard(adapter_name)
+
+    def sign(self, adapter_name: str) -> None:
+        """Notes the digest of this layer's codes as those that the adapter belongs to."""
+        if not self.codes_on_meta():
+            digest = torch.tensor(list(bytes.fromhex(self.fingerprint())), dtype=torch.uint8)
+            self.cluscomp_fingerprint[adapter_name] = digest
 
     def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:
         """Holds the digest that came with an adapter's weights against the codes of this layer.
@@ -337,6 +349,9 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
 
     def fingerprint(self) -> str:
         return self.base_layer.fingerprint()
+
+    def codes_on_meta(self) -> bool:
+        return self.base_layer.codes_on_meta()
 
     def codebook_fingerprint(self) -> str:
         parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]

@@ -51,12 +51,12 @@ def describe_and_complete(
     for name, layer in _layers(model, adapter_name):
         carries_codes |= layer.dense_born
         specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
-        if not _on_meta(layer):
+        if not layer.codes_on_meta():
             layer.settle([adapter_name])
+            layer.sign(adapter_name)
             fingerprints.append(layer.fingerprint())
             codebooks.append(layer.codebook_fingerprint())
-            digest = torch.tensor(list(bytes.fromhex(fingerprints[-1])), dtype=torch.uint8)
-            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = digest
+            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = layer.cluscomp_fingerprint[adapter_name]
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         for key in [key for key in tensors if key.startswith(prefix)]:
             tensors[key] = tensors[key] * layer.unit_of(adapter_name, key.removeprefix(prefix))
@@ -135,7 +135,7 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
                 "dense layer; load the adapter on the compressed checkpoint that it was trained on."
             )
     fixed = [layer for layer in layers.values() if isinstance(layer, (ClusCompLayer, ClusteredLinear))]
-    if len(fixed) == len(layers) and not any(_on_meta(layer) for layer in fixed):
+    if len(fixed) == len(layers) and not any(layer.codes_on_meta() for layer in fixed):
         found = combine_fingerprints(layer.fingerprint() for layer in fixed)
         if found != config.fingerprint:
             raise ValueError(
@@ -165,11 +165,6 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ClusComp
     for name, layer in model.named_modules():
         if isinstance(layer, ClusCompLayer) and adapter_name in layer.cluscomp_delta:
             yield name, layer
-
-
-def _on_meta(layer: ClusCompLayer | ClusteredLinear) -> bool:
-    layer = layer.base_layer if isinstance(layer, ClusCompLinear) else layer
-    return layer.codes.device.type == "meta"
 
 
 def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
