@@ -1,7 +1,8 @@
 """`ClusCompModel`: PEFT's tuner. It finds the layers, checks everything that can be wrong before it touches one, puts
 the tuner layers in place, and says what an adapter file holds.
 
-    plan      match names, validate settings, weights, saved file and fingerprint; nothing is changed, errors end here
+    plan      match names, validate settings, weights, saved file and fingerprint (planning.py, saving.py); nothing is
+              changed, errors end here
     replace   compressed layer → ClusCompLinear; dense layer → K-means → ClusCompLinear or ClusCompDenseLinear
     save      see saving.py
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,14 +22,14 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
-from ..compress.cluster import check_finite, check_range, cluster_codes, cluster_linear
+from ..compress.cluster import cluster_codes, cluster_linear
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, sum_deltas, weight_of
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
+from .planning import check_layers, clustering_of, codebook_dtype
 from .saving import check_saved, describe_and_complete, settle_loaded
 
 __all__ = ["ClusCompModel"]
@@ -83,7 +83,7 @@ class ClusCompModel(BaseTuner):
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             peft_config.target_modules = self._default_targets(peft_config)
         layers = self._matched(peft_config)
-        self._check_layers(peft_config, layers)
+        check_layers(self.model, peft_config, layers)
         if peft_config.expects_weights:
             check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
         dense = sum(is_dense_linear(layer) for layer in layers.values())
@@ -134,100 +134,6 @@ class ClusCompModel(BaseTuner):
                 inside.append(f"{name}.")
         return matched
 
-    def _check_layers(self, config: ClusCompConfig, layers: dict[str, nn.Module]) -> None:
-        capped = []
-        dense = [name for name, module in layers.items() if is_dense_linear(module)]
-        clustered = [name for name, module in layers.items() if isinstance(module, ClusteredLinear)]
-        if dense and clustered:
-            raise ValueError(
-                f"target_modules names dense layers ({dense[0]}) beside clustered ones ({clustered[0]}); an adapter "
-                "is on one kind of base. Train a dense layer of a compressed model whole, through modules_to_save."
-            )
-        for name, module in self.model.named_modules():
-            if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
-                raise ValueError(
-                    f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
-                    "target_modules."
-                )
-        for name, module in layers.items():
-            if isinstance(module, ClusCompLayer):
-                if isinstance(module, ClusCompDenseLinear) != (config.base == "dense"):
-                    raise ValueError(
-                        f"all adapters of a model share one kind of base: {name} is adapted on another one than "
-                        f"base={config.base!r}."
-                    )
-                if config.clusters and module.dense_born and not config.expects_weights:
-                    self._check_same_codes(name, module, config)
-            elif isinstance(module, ClusteredLinear):
-                if config.base == "dense":
-                    raise ValueError(
-                        f"base='dense' needs dense weights, but {name} is clustered; leave base at 'clustered', or "
-                        "call model.dequantize() first."
-                    )
-            elif is_dense_linear(module):
-                weight = weight_of(module)
-                if not config.expects_weights:
-                    if weight.device.type != "meta":
-                        check_finite(weight, name)
-                        if config.base == "clustered":
-                            check_range(weight, self._codebook_dtype(module, config), name)
-                    spec = self._spec(name, *weight.shape, config, self._codebook_dtype(module, config))
-                    if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
-                        capped.append(name)
-            else:
-                raise ValueError(
-                    f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
-                    f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
-                )
-            in_features = weight_of(module).shape[1] if is_dense_linear(module) else module.in_features
-            if config.num_blocks > in_features:
-                raise ValueError(
-                    f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
-                    "needs at least one."
-                )
-        if clustered and config.clusters:
-            warnings.warn(
-                "bits, group_size and num_clusters are ignored: the model is compressed already.", stacklevel=2
-            )
-        if capped:
-            warnings.warn(
-                f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} "
-                "more layers; they are clustered without loss and take more bits than dense. For a small model give "
-                "bits.",
-                stacklevel=2,
-            )
-
-    def _check_same_codes(self, name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
-        spec = layer.base_spec()
-        dtype = layer.base_layer.codebook.dtype if isinstance(layer, ClusCompLinear) else torch.float32
-        wanted = self._spec(name, layer.out_features, layer.in_features, config, dtype)
-        if (wanted.group_size, wanted.num_clusters) != (spec.group_size, spec.num_clusters):
-            raise ValueError(
-                f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "
-                f"num_clusters={spec.num_clusters}, not with {wanted.group_size} and {wanted.num_clusters}. Leave the "
-                "settings out, or use a second copy of the dense model."
-            )
-
-    def _spec(
-        self, name: str, out_features: int, in_features: int, config: ClusCompConfig, dtype: torch.dtype
-    ) -> ClusterSpec:
-        """How a dense layer will be clustered."""
-        return choose_spec(
-            in_features,
-            out_features,
-            bits=config.target_bits,
-            group_size=config.group_size,
-            num_clusters=config.num_clusters,
-            scales=config.scales,
-            codebook_itemsize=dtype.itemsize,
-            cap=True,
-            name=name,
-        )
-
-    @staticmethod
-    def _codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
-        return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
-
     def _saved_specs(self, config: ClusCompConfig, names: Any) -> dict[str, ClusterSpec]:
         return expand(config.layout, names, getattr(self.model, "base_model_prefix", ""))
 
@@ -265,15 +171,15 @@ class ClusCompModel(BaseTuner):
         if config.base == "dense":
             spec, codes = self._dense_codes(name, target, config, saved)
             return ClusCompDenseLinear(target, adapter_name, config, weight.device, spec, codes)
-        dtype = self._codebook_dtype(target, config)
+        dtype = codebook_dtype(target, config)
         if saved is not None or weight.device.type == "meta":
             # Nothing to cluster: codes come with the file. Built apart from init_empty_weights' patched registration.
-            spec = saved or self._spec(name, *weight.shape, config, dtype)
+            spec = saved or clustering_of(name, *weight.shape, config, dtype)
             clustered = _empty_like(target, spec, dtype)
         else:
             clustered = cluster_linear(
                 target,
-                self._spec(name, *weight.shape, config, dtype),
+                clustering_of(name, *weight.shape, config, dtype),
                 codebook_dtype=dtype,
                 iterations=config.iterations,
                 seed=config.seed,
@@ -289,7 +195,7 @@ class ClusCompModel(BaseTuner):
         if saved is not None:
             return saved, None
         weight = weight_of(target)
-        spec = self._spec(name, *weight.shape, config, torch.float32)
+        spec = clustering_of(name, *weight.shape, config, torch.float32)
         spec = ClusterSpec(spec.group_size, spec.num_clusters)
         if weight.device.type == "meta":
             return spec, None
@@ -413,11 +319,6 @@ class ClusCompModel(BaseTuner):
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
         config.settle()
         return mapped
-
-
-def _is_saved_whole(name: str, config: ClusCompConfig) -> bool:
-    """Whether PEFT will match the module by `modules_to_save`."""
-    return any(name == target or name.endswith(f".{target}") for target in config.modules_to_save or [])
 
 
 def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:

@@ -1,0 +1,125 @@
+"""What can be known before a layer is touched: whether a config fits the layers, and how each would be clustered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..codes import ClusterSpec
+from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
+from ..compress.cluster import check_finite, check_range
+from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from .config import ClusCompConfig
+from .dense_layer import ClusCompDenseLinear
+from .layer import ClusCompLayer, ClusCompLinear
+
+__all__ = ["check_layers", "clustering_of", "codebook_dtype"]
+
+
+def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
+    """Holds a config against the layers that it is about to be applied to; nothing is changed.
+
+    Raises:
+        ValueError: If a layer is of the wrong kind, has unusable weights, or does not fit the settings.
+    """
+    capped = []
+    dense = [name for name, module in layers.items() if is_dense_linear(module)]
+    clustered = [name for name, module in layers.items() if isinstance(module, ClusteredLinear)]
+    if dense and clustered:
+        raise ValueError(
+            f"target_modules names dense layers ({dense[0]}) beside clustered ones ({clustered[0]}); an adapter "
+            "is on one kind of base. Train a dense layer of a compressed model whole, through modules_to_save."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
+            raise ValueError(
+                f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
+                "target_modules."
+            )
+    for name, module in layers.items():
+        if isinstance(module, ClusCompLayer):
+            if isinstance(module, ClusCompDenseLinear) != (config.base == "dense"):
+                raise ValueError(
+                    f"all adapters of a model share one kind of base: {name} is adapted on another one than "
+                    f"base={config.base!r}."
+                )
+            if config.clusters and module.dense_born and not config.expects_weights:
+                _check_same_codes(name, module, config)
+        elif isinstance(module, ClusteredLinear):
+            if config.base == "dense":
+                raise ValueError(
+                    f"base='dense' needs dense weights, but {name} is clustered; leave base at 'clustered', or "
+                    "call model.dequantize() first."
+                )
+        elif is_dense_linear(module):
+            weight = weight_of(module)
+            if not config.expects_weights:
+                if weight.device.type != "meta":
+                    check_finite(weight, name)
+                    if config.base == "clustered":
+                        check_range(weight, codebook_dtype(module, config), name)
+                spec = clustering_of(name, *weight.shape, config, codebook_dtype(module, config))
+                if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
+                    capped.append(name)
+        else:
+            raise ValueError(
+                f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
+                f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
+            )
+        in_features = weight_of(module).shape[1] if is_dense_linear(module) else module.in_features
+        if config.num_blocks > in_features:
+            raise ValueError(
+                f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
+                "needs at least one."
+            )
+    if clustered and config.clusters:
+        warnings.warn("bits, group_size and num_clusters are ignored: the model is compressed already.", stacklevel=2)
+    if capped:
+        warnings.warn(
+            f"num_clusters={config.num_clusters} is more than the groups of {capped[0]} and {len(capped) - 1} "
+            "more layers; they are clustered without loss and take more bits than dense. For a small model give "
+            "bits.",
+            stacklevel=2,
+        )
+
+
+def clustering_of(
+    name: str, out_features: int, in_features: int, config: ClusCompConfig, dtype: torch.dtype
+) -> ClusterSpec:
+    """How a dense layer of this shape is clustered, with codebooks in `dtype`."""
+    return choose_spec(
+        in_features,
+        out_features,
+        bits=config.target_bits,
+        group_size=config.group_size,
+        num_clusters=config.num_clusters,
+        scales=config.scales,
+        codebook_itemsize=dtype.itemsize,
+        cap=True,
+        name=name,
+    )
+
+
+def codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
+    """Of codebooks and scales, where a dense layer is clustered."""
+    return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
+
+
+def _check_same_codes(name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
+    spec = layer.base_spec()
+    dtype = layer.base_layer.codebook.dtype if isinstance(layer, ClusCompLinear) else torch.float32
+    wanted = clustering_of(name, layer.out_features, layer.in_features, config, dtype)
+    if (wanted.group_size, wanted.num_clusters) != (spec.group_size, spec.num_clusters):
+        raise ValueError(
+            f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "
+            f"num_clusters={spec.num_clusters}, not with {wanted.group_size} and {wanted.num_clusters}. Leave the "
+            "settings out, or use a second copy of the dense model."
+        )
+
+
+def _is_saved_whole(name: str, config: ClusCompConfig) -> bool:
+    """Whether PEFT will match the module by `modules_to_save`."""
+    return any(name == target or name.endswith(f".{target}") for target in config.modules_to_save or [])
