@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 
+# Tiny tensors: a second thread costs more than it gives, and two workers share the machine.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 

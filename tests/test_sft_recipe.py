@@ -80,7 +80,10 @@ def adapted(base: str, adapter: str) -> PeftModel:
 
 def test_a_dense_model_becomes_base_adapter_and_merged_model(tmp_path, dense_dir, train, tokens):
     out = tmp_path / "out"
-    arguments = [*flags(model_name_or_path=dense_dir, dataset_name=train, output_dir=out, bits=6, **SMALL), "--merge"]
+    arguments = [
+        *flags(model_name_or_path=dense_dir, dataset_name=train, output_dir=out, bits=6, num_blocks=1, **SMALL),
+        "--merge",
+    ]
     done = subprocess.run(
         [sys.executable, RECIPE, *arguments],
         capture_output=True,

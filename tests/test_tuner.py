@@ -415,3 +415,13 @@ def test_inductor_does_not_leave_the_rounding_out():
         rounded = torch.compile(lambda x, dtype=dtype: ops.round_to(x, dtype) * 1.0, fullgraph=True)(values)
         assert torch.equal(rounded, values.to(dtype).float())
         assert not torch.equal(rounded, values)
+
+
+def test_a_loaded_adapter_is_in_the_units_of_a_fresh_one(base, tmp_path):
+    model, kind = base
+    wrapped = get_peft_model(model, config_for(kind, init_weights=False))
+    wrapped.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
+    for (name, one), two in zip(wrapped.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, two), name

@@ -92,9 +92,10 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
     for name, layer in _layers(model, adapter_name):
         bare = name.removeprefix(_FILE_PREFIX)
         spellings = (f"{bare}.base_layer.", f"{_FILE_PREFIX}{bare}.base_layer.")
-        for spelling in spellings:
-            if f"{spelling}codebook" in tensors:
-                layer.set_units(adapter_name, tensors[f"{spelling}codebook"])
+        if layer.awaits(adapter_name):
+            # The base of a dense-born adapter comes with these tensors; its codebook is not in the layer yet.
+            codebooks = [tensors[f"{spelling}codebook"] for spelling in spellings if f"{spelling}codebook" in tensors]
+            layer.set_units(adapter_name, codebooks[0] if codebooks else None)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         for key in [key for key in tensors if key.startswith(prefix)]:
             tensors[key] = tensors[key] / layer.unit_of(adapter_name, key.removeprefix(prefix))
