@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from . import ClusCompQuantizationConfig
+from .clustering import QUALITIES
 
 __all__ = ["main"]
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
     compress.add_argument("--samples", type=int, default=128, help="calibration sequences of up to 2048 tokens")
     compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
-    compress.add_argument("--iterations", type=int, default=25, help="K-means iterations per matrix, at most")
+    compress.add_argument("--quality", default="default", choices=QUALITIES, help="of K-means")
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
     compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     compress.set_defaults(run=_compress)
@@ -82,7 +83,7 @@ def _compress(options: argparse.Namespace) -> None:
         scales=options.scales,
         codebook_dtype=options.codebook_dtype,
         seed=options.seed,
-        iterations=options.iterations,
+        quality=options.quality,
     )
     summary = compress_checkpoint(
         options.source,

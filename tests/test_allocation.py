@@ -125,11 +125,11 @@ def test_a_matrix_beyond_any_budget_is_refused_with_a_cure():
         (dict(bits=8.01), "bits must be between 1 and 8.*got 8.01"),
         (dict(bits=float("nan")), "bits must be between 1 and 8.*got nan"),
         (dict(codebook_dtype="int8"), "codebook_dtype must be one of float16, bfloat16, float32, got 'int8'"),
-        (dict(iterations=0), "iterations must be at least 1, got 0"),
+        (dict(quality="good"), "quality must be one of fast, default, best, got 'good'"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
-    good = dict(bits=4, group_size=None, num_clusters=None, codebook_dtype="float16", iterations=25)
+    good = dict(bits=4, group_size=None, num_clusters=None, codebook_dtype="float16", quality="default")
     with pytest.raises(ValueError, match=message):
         check_settings(**{**good, **changes})
 
@@ -139,4 +139,4 @@ def test_bad_settings_are_refused(changes, message):
     ("bits", "group_size", "num_clusters"), [(1, None, None), (8, None, None), (None, 4, 64), (2.5, 64, 65536)]
 )
 def test_good_settings_pass(bits, group_size, num_clusters, dtype):
-    assert check_settings(bits, group_size, num_clusters, dtype, 1) is None
+    assert check_settings(bits, group_size, num_clusters, dtype, "best") is None

@@ -92,7 +92,7 @@ def clustered(folder: str) -> dict[str, ClusteredLinear]:
             ["--group-size", "3", "--num-clusters", "12", "--scales", "--codebook-dtype", "float32"],
             dict(group_size=3, num_clusters=12, scales=True, codebook_dtype="float32"),
         ),
-        (["--bits", "6", "--iterations", "1"], dict(bits=6, iterations=1)),
+        (["--bits", "6", "--quality", "fast"], dict(bits=6, quality="fast")),
     ],
 )
 def test_compress_makes_what_loading_with_the_same_settings_does(tmp_path, dense_dir, tokens, capsys, flags, settings):
@@ -473,7 +473,8 @@ def test_evaluate_refuses_what_cannot_be_measured(tmp_path, made, text, failing)
 
 def test_evaluate_refuses_an_adapter_of_another_base(tmp_path, dense_dir, adapter, text, failing):
     other = str(tmp_path / "other")
-    assert main(["compress", dense_dir, other, "--bits", "6", "--scales", "--seed", "9"]) == 0
+    # At 6 bits the small matrices take numbers one by one, whose best codes know no seed; activations move them.
+    assert main(["compress", dense_dir, other, "--bits", "6", "--scales", "--calibration", text]) == 0
     assert "another base" in failing("evaluate", other, "--data", text, "--adapter", adapter)
 
 

@@ -19,19 +19,23 @@ _SCORES = 1 << 24  # entries of a block of scores: 64 MiB
 
 def lloyd(
     vectors: torch.Tensor,
-    centroids: torch.Tensor,
+    num_clusters: int,
     weights: torch.Tensor | None,
+    start: torch.Tensor,
     iterations: int,
     tolerance: float,
+    seed: int,
+    threads: int,
     progress: Callable[[int, float], None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-    """Runs Lloyd's algorithm from `centroids` [n, d] on `vectors` [N, d], both fp32.
+    """Runs Lloyd's algorithm on `vectors` [N, d], fp32, from the centroids `start` [n, d].
 
     Returns:
         centroids [n, d], codes [N] int64, the objective, and the iterations done.
     """
     previous = None
     done = 0
+    centroids = start
     codes, distances = assign(vectors, centroids)
     for done in range(1, iterations + 1):
         centroids = _update(vectors, centroids, codes, distances, weights)

@@ -16,14 +16,13 @@ import math
 
 import torch
 
+from ..clustering import QUALITIES
 from ..codes import MAX_CODE_BITS, ClusterSpec, num_groups, packed_width
 
 __all__ = ["CODEBOOK_DTYPES", "check_settings", "choose_spec"]
 
 CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-# More centroids are better at equal bits but cost time in proportion; the plain engine takes minutes per matrix here.
-_MAX_CLUSTERS = 4096
 _MAX_GROUP = 16
 _SCALE_BITS = 0.05  # scales are free capacity for finetuning where they cost less than this
 _SECOND_MOMENT = {1: 1 / 12, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07562, 6: 0.07424, 7: 0.07312, 8: 0.07168}
@@ -34,14 +33,14 @@ def check_settings(
     group_size: int | None,
     num_clusters: int | None,
     codebook_dtype: str,
-    iterations: int,
+    quality: str,
 ) -> None:
     """Validates what a user asks for, before any model is touched.
 
     Raises:
         ValueError: Naming the value, the limit and the cure.
     """
-    for name, value in (("group_size", group_size), ("num_clusters", num_clusters), ("iterations", iterations)):
+    for name, value in (("group_size", group_size), ("num_clusters", num_clusters)):
         if value is not None and type(value) is not int:
             raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float))):
@@ -59,8 +58,8 @@ def check_settings(
         raise ValueError(f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {bits}.")
     if codebook_dtype not in CODEBOOK_DTYPES:
         raise ValueError(f"codebook_dtype must be one of {', '.join(CODEBOOK_DTYPES)}, got {codebook_dtype!r}.")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    if quality not in QUALITIES:
+        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}.")
 
 
 def choose_spec(
@@ -121,7 +120,7 @@ def choose_spec(
         for b in range(1, MAX_CODE_BITS + 1):
             left = bits * weights / 8 - in_features * packed_width(groups, b)
             left -= codebook_itemsize * (in_features + out_features) * scales
-            n = min(2**b, _MAX_CLUSTERS, in_features * groups, int(left // (codebook_itemsize * g)) if left > 0 else 0)
+            n = min(2**b, in_features * groups, int(left // (codebook_itemsize * g)) if left > 0 else 0)
             if n <= 2 ** (b - 1) or n < 2:
                 continue
             expected = _distortion(g, n)

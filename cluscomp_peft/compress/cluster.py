@@ -42,8 +42,9 @@ def cluster_codes(
     *,
     codebook_dtype: torch.dtype = torch.float16,
     importance: torch.Tensor | None = None,
-    iterations: int = 25,
+    quality: str = "default",
     seed: int = 0,
+    threads: int | None = None,
     name: str = "weight",
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -54,7 +55,7 @@ def cluster_codes(
         spec ([`ClusterSpec`]): How to store it; `num_blocks` must be 1.
         codebook_dtype (`torch.dtype`): Of codebook and scales.
         importance (`torch.Tensor`, *optional*): [in], E[x_i²] of the layer's inputs.
-        iterations, seed, progress: See `cluscomp_peft.clustering.kmeans`.
+        quality, seed, threads, progress: See `cluscomp_peft.clustering.kmeans`.
         name (`str`): What errors call the layer.
 
     Returns:
@@ -92,8 +93,9 @@ def cluster_codes(
         vectors.reshape(-1, spec.group_size),
         spec.num_clusters,
         weights=None if channel is None else channel.repeat_interleave(groups),
-        iterations=iterations,
+        quality=quality,
         seed=seed,
+        threads=threads,
         progress=progress,
     )
     packed = pack(codes.view(in_features, groups), spec.code_bits)

@@ -30,7 +30,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
             bits per weight.
         codebook_dtype (`str`): "float16", "bfloat16" or "float32", of codebooks and scales.
         seed (`int`): Of K-means.
-        iterations (`int`): K-means iterations per matrix, at most.
+        quality (`str`): Of K-means: "fast", "default" or "best".
         target_modules (`list[str]`, *optional*): Names, or ends of names, of the layers to cluster. None: every linear
             layer but the output head.
         exclude_modules (`list[str]`, *optional*): Names, or ends of names, of layers to leave dense.
@@ -49,7 +49,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
     scales: bool | None = None
     codebook_dtype: str = "float16"
     seed: int = 0
-    iterations: int = 25
+    quality: str = "default"
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
     version: int = FORMAT_VERSION
@@ -65,7 +65,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
             )
         if self.bits is None and self.group_size is None and self.num_clusters is None:
             self.bits = 4.0
-        check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.iterations)
+        check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.quality)
         # E[x_i²] of each layer's inputs by layer name, for clustering only; never saved.
         self._importance: dict[str, torch.Tensor] = {}
 

@@ -2,13 +2,15 @@
 
 pre-clustered   the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read;
                 the dense weights never exist
-on the fly      each dense weight is clustered as soon as it is read and its layer replaced: one dense matrix at a
-                time, in the very way that `cluscomp compress` does it
+on the fly      each dense weight is clustered as soon as it is read and its layer replaced, in the very way that
+                `cluscomp compress` does it: as many at once as there are cores, a few hundred MB at most, one at a
+                time where a matrix is larger; the result does not depend on it
 """
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from .config import ClusCompQuantizationConfig
 
 __all__ = ["ClusCompHfQuantizer"]
 
+_TOGETHER = 1 << 26  # weights that are clustered at once; each takes some 30 bytes meanwhile
+
 
 class ClusCompHfQuantizer(HfQuantizer):
     """Registered for `quant_method="cluscomp"`."""
@@ -42,6 +46,8 @@ class ClusCompHfQuantizer(HfQuantizer):
         # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
         self.report: dict[str, dict[str, float]] = {}
         self._progress: tqdm | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._jobs: list[tuple[str, nn.Module, Future]] = []
         # transformers logs what a conversion raises and goes on with the next tensor; the first error is kept here,
         # ends the clustering of the others, and is raised when loading is over.
         self.failure: Exception | None = None
@@ -53,6 +59,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
             # disable=None: silent where nobody watches a terminal
             self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
+            self._pool = ThreadPoolExecutor(torch.get_num_threads())
             return model
         names = [name for name, module in model.named_modules() if is_dense_linear(module)]
         self._specs = expand(config.layout, names, model.base_model_prefix)
@@ -91,9 +98,12 @@ class ClusCompHfQuantizer(HfQuantizer):
                 f"the compressed checkpoint is incomplete, it lacks {shown}; download or compress it again."
             )
         if not self.pre_quantized:
+            self._collect(model, 0)
+            if self._pool is not None:
+                self._pool.shutdown()
             if self._progress is not None:
                 self._progress.close()
-                self._progress = None  # it holds a terminal, which cannot be copied or pickled with the model
+            self._pool = self._progress = None  # a model that is copied or pickled takes neither with it
             if self.failure is not None:
                 raise self.failure
             self._record(model)
@@ -114,17 +124,53 @@ class ClusCompHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return ClusterOnLoad(self)
 
-    def note(self, name: str, weight: torch.Tensor, layer: ClusteredLinear, seconds: float) -> None:
-        """Notes what became of one dense weight [out, in]."""
-        weight = weight.float()
-        self.report[name] = {
+    def submit(self, model: nn.Module, name: str, dense: nn.Module) -> None:
+        """Clusters a dense layer beside others; waits for the oldest of them where there are enough."""
+        assert self._pool is not None
+        weight = weight_of(dense)
+        cores = torch.get_num_threads() if weight.device.type == "cpu" else 1
+        together = max(1, min(cores, _TOGETHER // max(1, weight.numel())))
+        self._collect(model, together - 1)
+        self._jobs.append((name, dense, self._pool.submit(self._cluster, name, dense, cores // together)))
+
+    @torch.no_grad()
+    def _cluster(self, name: str, dense: nn.Module, threads: int) -> tuple[ClusteredLinear, dict[str, float]]:
+        """The clustered layer and its report."""
+        config, started = self.quantization_config, time.perf_counter()
+        layer = cluster_linear(
+            dense,
+            self._specs[name],
+            codebook_dtype=config.dtype,
+            importance=config._importance.get(name),
+            quality=config.quality,
+            seed=config.seed,
+            threads=threads,
+            name=name,
+        )
+        weight = weight_of(dense).float()
+        return layer, {
             "true_bits": layer.true_bits,
             "squared_error": float((layer.decode(torch.float32) - weight).square().sum()),
             "squared_norm": float(weight.square().sum()),
-            "seconds": seconds,
+            "seconds": time.perf_counter() - started,
         }
-        if self._progress is not None:
-            self._progress.update(weight.numel())
+
+    def _collect(self, model: nn.Module, room: int) -> None:
+        """Puts finished layers in place, oldest first, until at most `room` are being clustered."""
+        while len(self._jobs) > room:
+            name, dense, job = self._jobs.pop(0)
+            try:
+                layer, self.report[name] = job.result()
+            except Exception as error:
+                self.failure = self.failure or error
+                continue
+            layer.bias = dense.bias  # it may have been read after the weight
+            for key, parameter in layer._parameters.items():
+                if key != "bias" and parameter is not None:
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            model.set_submodule(name, layer)
+            if self._progress is not None:
+                self._progress.update(weight_of(dense).numel())
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         # save_pretrained() asks before it writes config.json; merging may have changed how matrices are stored.
@@ -184,30 +230,13 @@ class ClusterOnLoad(ConversionOps):
         value = value[0] if isinstance(value, list) else value
         dense, _ = get_module_from_name(model, key)
         name = key.rpartition(".")[0]
-        config = self.hf_quantizer.quantization_config
         if missing_keys is not None:
             missing_keys.discard(key)
-        if self.hf_quantizer.failure is not None:
-            return {}
-        started = time.perf_counter()
-        dense._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-        try:
-            clustered = cluster_linear(
-                dense,
-                self.hf_quantizer._specs[name],
-                codebook_dtype=config.dtype,
-                importance=config._importance.get(name),
-                iterations=config.iterations,
-                seed=config.seed,
-                name=name,
-            )
-        except Exception as error:
-            self.hf_quantizer.failure = error
-            return {}
-        for parameter in clustered.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        model.set_submodule(name, clustered)
-        self.hf_quantizer.note(name, weight_of(dense), clustered, time.perf_counter() - started)
+        if self.hf_quantizer.failure is None:
+            weight = nn.Parameter(value, requires_grad=False)
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers fills it anew
+            dense._parameters["weight"] = weight
+            self.hf_quantizer.submit(model, name, dense)
         return {}
 
 

@@ -51,7 +51,7 @@ class ClusCompConfig(PeftConfig):
         scales (`bool`, *optional*): Dense model: store a scale per channel; None: where they cost little.
         codebook_dtype (`str`): Dense model: "auto" is the dtype of the weight; else "float16", "bfloat16", "float32".
         seed (`int`): Dense model: of K-means.
-        iterations (`int`): Dense model: K-means iterations per matrix, at most.
+        quality (`str`): Dense model: of K-means, "fast", "default" or "best".
         layout (`dict`): Written on saving: how the codes are stored, by name pattern.
         fingerprint (`str`, *optional*): Written on saving: digest of the codes that the adapter belongs to.
         codebook_fingerprint (`str`, *optional*): Written on saving: digest of the codebooks and scales it was trained
@@ -89,7 +89,7 @@ class ClusCompConfig(PeftConfig):
     scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
     codebook_dtype: str = field(default="auto", metadata={"help": "Dense model: dtype of codebook and scales."})
     seed: int = field(default=0, metadata={"help": "Dense model: seed of K-means."})
-    iterations: int = field(default=25, metadata={"help": "Dense model: K-means iterations."})
+    quality: str = field(default="default", metadata={"help": "Dense model: K-means, fast, default or best."})
     layout: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Written on saving: how the codes are stored."}
     )
@@ -131,7 +131,7 @@ class ClusCompConfig(PeftConfig):
         if dtype not in CODEBOOK_DTYPES:
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
-        check_settings(self.target_bits, self.group_size, self.num_clusters, dtype, self.iterations)
+        check_settings(self.target_bits, self.group_size, self.num_clusters, dtype, self.quality)
         # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
         # Layers are then built empty, without K-means.
         self._expects_weights = self.fingerprint is not None

@@ -181,7 +181,7 @@ class ClusCompModel(BaseTuner):
                 target,
                 clustering_of(name, *weight.shape, config, dtype),
                 codebook_dtype=dtype,
-                iterations=config.iterations,
+                quality=config.quality,
                 seed=config.seed,
                 name=name,
             )
@@ -200,7 +200,7 @@ class ClusCompModel(BaseTuner):
         if weight.device.type == "meta":
             return spec, None
         packed, _, _, _ = cluster_codes(
-            weight, spec, codebook_dtype=torch.float32, iterations=config.iterations, seed=config.seed, name=name
+            weight, spec, codebook_dtype=torch.float32, quality=config.quality, seed=config.seed, name=name
         )
         self._tick()
         return spec, packed

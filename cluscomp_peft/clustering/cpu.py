@@ -1,0 +1,402 @@
+"""The CPU engine: Lloyd's algorithm whose vectors remember where they were served.
+
+    start      a tree of small clusterings places centroids in proportion to SSE^(d / (d + 2)) of each cell, the share
+               that minimises the total error at high rate (Zador 1982; Panter & Dite 1951 for d = 1); random vectors,
+               the usual start, crowd where the data are dense and lose 7 to 20 % at d = 4
+    iterate    vectors sorted by centroid → weighted means → nearest centroid, exact for d ≤ 4, from lists above
+    finish     for d ≤ 6 the last assignment is exact
+
+The steps are compiled (`cells`, `nearest`, `scan`). Every vector, centroid and sum has one owner, whichever
+thread works on it, so the bytes of the result do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import cells, nearest
+from .scan import MAX_DIM
+from .start import density_shares
+
+__all__ = ["MAX_DIM", "assign", "lloyd_cells"]
+
+_LEAF = 32  # centroids of a leaf of the tree, and of a block
+_FAN = 64  # cells that one node is split into at most
+_SAMPLE = 256  # vectors for each centroid of a split
+_CHUNK = 1 << 18  # vectors of one task where tasks do not follow blocks: fixed, for sums that depend on it
+_EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations cheaper than lists
+_EXACT_RESULT = 6
+_RESORT = (1, 3, 8, 20, 50)
+_LIST = 256
+_SETTLED = 1e-3  # wide passes at the end stop when one lowers the objective by less
+
+
+def lloyd_cells(
+    vectors: torch.Tensor,
+    num_clusters: int,
+    weights: torch.Tensor | None,
+    start: torch.Tensor | None,
+    iterations: int,
+    tolerance: float,
+    seed: int,
+    threads: int,
+    progress: Callable[[int, float], None] | None,
+) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+    """Clusters fp32 vectors [N, d] on the CPU, d up to 16, n up to 65,536; see `cluscomp_peft.clustering.kmeans`.
+
+    Args:
+        start (`torch.Tensor`, *optional*): [n, d], first centroids; density start without.
+
+    Returns:
+        centroids [n, d] fp32, codes [N] int64, the objective, and the iterations done.
+    """
+    with _Clustering(vectors, weights, threads) as job:
+        job.plant(num_clusters, seed) if start is None else job.adopt(start, seed)
+        exact = job.dim <= _EXACT_ITERATIONS
+        previous, done = None, 0
+        for done in range(1, iterations + 1):
+            job.update()
+            if exact:
+                job.assign(2.0)
+            elif done == 1:
+                job.assign(_first_factor(job.dim), _slack(job.dim))
+            else:
+                job.assign_listed(wide=done % 4 == 2)
+            if done in _RESORT:
+                job.resort()
+            objective = job.objective()
+            if progress is not None:
+                progress(done, objective)
+            if previous is not None and previous - objective <= tolerance * previous:
+                break
+            previous = objective
+        if not (exact and done):
+            job.finish()
+        return job.result(done)
+
+
+def assign(
+    vectors: torch.Tensor, centroids: torch.Tensor, seed: int = 0, threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest of the centroids [n, d] for each vector [N, d]: codes [N] int64 and squared distances [N] fp32.
+
+    Exact up to d = 6. Above, vectors descend along lists of neighbours until none moves; what that loses is below
+    0.3 % of the summed distance on weights (`recipes/benchmarks/kmeans_speed.py` measures it).
+    """
+    with _Clustering(vectors, None, threads) as job:
+        job.adopt(centroids, seed)
+        job.finish()
+        return job.codes(), job.distances()
+
+
+class _Clustering:
+    """The state of one run; the arrays have the names of `cells`."""
+
+    def __init__(self, vectors: torch.Tensor, weights: torch.Tensor | None, threads: int) -> None:
+        x = vectors.numpy()
+        self.given = x
+        # A power of two changes no digit, and keeps squares of tiny or huge vectors inside fp32.
+        exponent = int(np.frexp(max(float(x.max()), -float(x.min())))[1])
+        self.scale = np.float32(1) if abs(exponent) < 20 else np.float32(2.0) ** -np.clip(exponent, -126, 126)
+        self.x = x if self.scale == 1 else x * self.scale
+        self.w = np.empty(0, np.float32) if weights is None else weights.numpy()
+        self.given_weights = self.w
+        self.total, self.dim = x.shape
+        self.source = np.arange(self.total, dtype=np.int32)
+        self.code = np.zeros(self.total, np.int32)
+        self.dist = np.zeros(self.total, np.float32)
+        self.spare: tuple | None = None
+        self.names: np.ndarray | None = None
+        self.lists: np.ndarray | None = None
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def __enter__(self) -> _Clustering:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def each(self, step: Callable, tasks: Iterable[tuple]) -> list:
+        """step(*task) for every task, on all threads; results in order."""
+        if self.pool is None:
+            return [step(*task) for task in tasks]
+        return list(self.pool.map(lambda task: step(*task), tasks))
+
+    # Sorting
+
+    def _positions(self, clusters: int) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+        """Ranges of vectors, where each range puts its first vector of each code, and starts."""
+        ranges = _ranges(self.total, self.threads)
+        counts = np.zeros((len(ranges), clusters), np.int64)
+        self.each(cells.count_codes, [(self.code[a:b], counts[r]) for r, (a, b) in enumerate(ranges)])
+        starts = np.zeros(clusters + 1, np.int64)
+        np.cumsum(counts.sum(0), out=starts[1:])
+        return ranges, starts[:-1] + np.cumsum(counts, 0) - counts, starts
+
+    def sort(self) -> None:
+        """order and starts for the present codes."""
+        ranges, position, self.starts = self._positions(len(self.c))
+        self.order = np.empty(self.total, np.int32)
+        self.each(cells.rank_codes, [(self.code[a:b], a, position[r], self.order) for r, (a, b) in enumerate(ranges)])
+
+    def gather(self, clusters: int) -> None:
+        """Moves the vectors themselves, so that those of one code lie together; codes count up afterwards."""
+        ranges, position, self.starts = self._positions(clusters)
+        if self.spare is None:
+            self.spare = tuple(np.empty_like(part) for part in (self.x, self.w, self.source, self.code, self.dist))
+        new = self.spare
+        old = (self.x, self.w, self.source, self.code, self.dist)
+        tasks = []
+        for r, (a, b) in enumerate(ranges):
+            parts = [part[a:b] if len(part) else part for part in old]
+            tasks.append((*parts, position[r], *new))
+        self.each(cells.scatter_vectors, tasks)
+        # What the caller gave is read, never written.
+        mine = self.x is not self.given and self.w is not self.given_weights
+        self.spare = old if mine else None
+        self.x, self.w, self.source, self.code, self.dist = new
+
+    def resort(self) -> None:
+        self.gather(len(self.c))
+        self.order = np.arange(self.total, dtype=np.int32)
+
+    # Starting
+
+    def plant(self, clusters: int, seed: int) -> None:
+        """The density start: centroids, blocks, and every vector at the nearest centroid of its leaf."""
+        nodes = [(0, self.total, clusters)]
+        for level, fan in enumerate(_fans(clusters)):
+            nodes, _ = self._split(nodes, fan, seed, level)
+        shares = [share for _, _, share in nodes]
+        self.bounds = np.concatenate([[0], np.cumsum(shares)]).astype(np.int64)
+        self.c = np.zeros((clusters, self.dim), np.float32)
+
+        def settle(leaf: int) -> None:
+            a, b, share = nodes[leaf]
+            places, w = self.c[self.bounds[leaf] : self.bounds[leaf + 1]], self._weights(a, b)
+            if share == b - a:
+                places[:] = self.x[a:b]
+            else:
+                cells.split_cell(self.x[a:b], w, places, b - a, 4, _mix(seed, 97, leaf))
+            error = np.zeros(share)
+            cells.scan_cells(self.x[a:b], w, places, self.bounds[leaf], self.code[a:b], self.dist[a:b], error)
+
+        self.each(settle, [(leaf,) for leaf in range(len(nodes))])
+        self.resort()
+
+    def adopt(self, centroids: torch.Tensor, seed: int) -> None:
+        """Given centroids: a tree over them makes blocks, and each vector descends to a leaf."""
+        places = centroids.numpy() * self.scale
+        with _Clustering(torch.from_numpy(places), None, 1) as tree:
+            nodes, levels = [(0, len(places), len(places))], []
+            for level, fan in enumerate(_fans(len(places))):
+                nodes, cuts = tree._split(nodes, fan, seed, level)
+                levels.append(cuts)
+        self.c, self.names = tree.x, tree.source
+        self.bounds = np.array([a for a, _, _ in nodes] + [len(places)], np.int64)
+        ranges = [(0, self.total)]
+        for centers, offsets in levels:
+            self._descend(ranges, centers, offsets)
+            self.gather(int(offsets[-1]))
+            ranges = list(pairwise(self.starts.tolist()))
+        self._descend(ranges, self.c, self.bounds)
+        self.resort()
+
+    def _descend(self, ranges: list[tuple[int, int]], centers: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+        """Codes of the vectors of each range among centers[offsets[r] : offsets[r + 1]]; errors by range."""
+        tasks, owners = [], []
+        for r, (a, b) in enumerate(ranges):
+            own = centers[offsets[r] : offsets[r + 1]]
+            for first in range(a, b, _CHUNK):
+                last = min(first + _CHUNK, b)
+                error = np.zeros(len(own))
+                owners.append((r, error))
+                own_part = [part[first:last] for part in (self.x, self.code, self.dist)]
+                tasks.append((own_part[0], self._weights(first, last), own, offsets[r], *own_part[1:], error))
+        self.each(cells.scan_cells, tasks)
+        totals = [np.zeros(offsets[r + 1] - offsets[r]) for r in range(len(ranges))]
+        for r, error in owners:
+            totals[r] += error
+        return totals
+
+    def _split(
+        self, nodes: list[tuple[int, int, int]], fan: int, seed: int, level: int
+    ) -> tuple[list[tuple[int, int, int]], tuple[np.ndarray, np.ndarray]]:
+        """Splits nodes (first, last, centroids due) into at most `fan` cells each, and gathers the vectors by cell.
+
+        Returns the cells that are not empty: as nodes, and as (centers, offsets by node).
+        """
+        parts = [max(1, min(fan, share // _LEAF if level else fan, b - a)) for a, b, share in nodes]
+        offsets = np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
+        centers = np.zeros((offsets[-1], self.dim), np.float32)
+
+        def split(node: int) -> None:
+            a, b, _ = nodes[node]
+            own = centers[offsets[node] : offsets[node + 1]]
+            cells.split_cell(self.x[a:b], self._weights(a, b), own, _SAMPLE * len(own), 8, _mix(seed, level, node))
+
+        self.each(split, [(node,) for node in range(len(nodes))])
+        errors = self._descend([(a, b) for a, b, _ in nodes], centers, offsets)
+        self.gather(int(offsets[-1]))
+        counts = np.diff(self.starts)
+        cuts: list[tuple[int, int, int]] = []
+        for node, (_, _, share) in enumerate(nodes):
+            own = slice(offsets[node], offsets[node + 1])
+            shares = density_shares(torch.from_numpy(errors[node]), torch.from_numpy(counts[own]), share, self.dim)
+            cuts += zip(self.starts[:-1][own].tolist(), self.starts[1:][own].tolist(), shares.tolist(), strict=True)
+        filled = counts > 0
+        kept = np.concatenate([[0], np.cumsum(filled)])[offsets]
+        return [cut for cut in cuts if cut[0] < cut[1]], (centers[filled], kept)
+
+    def _weights(self, first: int, last: int) -> np.ndarray:
+        return self.w[first:last] if len(self.w) else self.w
+
+    # Iterating
+
+    def update(self) -> None:
+        clusters = len(self.c)
+        self.reach, self.error = np.zeros(clusters, np.float32), np.zeros(clusters)
+        worst = np.empty(clusters, np.int64)
+        self.each(
+            lambda a, b: cells.update_centroids(
+                self.x, self.w, self.order, self.starts, self.dist, a, b, self.c, self.reach, self.error, worst
+            ),
+            _ranges(clusters, 8 * self.threads),
+        )
+        empty = np.flatnonzero(np.diff(self.starts) == 0)
+        if len(empty):
+            # Each goes to the worst served vector of one of the worst served centroids.
+            donors = np.argsort(-self.error, kind="stable")[: len(empty)]
+            donors = donors[self.error[donors] > 0]
+            self.c[empty[: len(donors)]] = self.x[worst[donors]]
+        self._bound()
+
+    def _bound(self) -> None:
+        blocks = len(self.bounds) - 1
+        self.low, self.high = np.empty((self.dim, blocks), np.float32), np.empty((self.dim, blocks), np.float32)
+        cells.bound_blocks(self.c, self.bounds, self.low, self.high)
+        self.origin = self.c.mean(0, dtype=np.float64).astype(np.float32)
+        self.rows = np.empty((len(self.c), self.dim + 1), np.float32)
+        nearest.collectable(self.c, self.origin, self.rows)
+
+    def assign(self, factor: float, slack: float = 0.0) -> None:
+        """A full assignment; with `slack` it also writes the lists that `assign_listed` goes by."""
+        clusters = len(self.c)
+        self.lists = np.empty((clusters, _LIST if slack > 0 else 0), np.uint16)
+        self.lengths = np.zeros(clusters, np.int32)
+        scored = self.each(
+            lambda a, b: nearest.assign(
+                self.x, self.order, self.starts, self.c, self.origin, self.rows, self.reach, self.bounds, self.low,
+                self.high, factor, slack, a, b, self.code, self.dist, self.lists, self.lengths,
+            ),
+            _ranges(len(self.bounds) - 1, 16 * self.threads),
+        )  # fmt: skip
+        self.scored = sum(scored)
+        self.sort()
+
+    def assign_listed(self, wide: bool) -> None:
+        """An assignment by lists; a wide one also follows the lists of the listed, and renews them."""
+        lists, lengths = (
+            (np.empty_like(self.lists), np.zeros_like(self.lengths)) if wide else (self.lists, self.lengths)
+        )
+        self.each(
+            lambda a, b: nearest.assign_listed(
+                self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _slack(self.dim), a, b,
+                self.code, self.dist, lists, lengths,
+            ),
+            _ranges(len(self.c), 16 * self.threads),
+        )  # fmt: skip
+        self.lists, self.lengths = lists, lengths
+        self.sort()
+
+    def objective(self) -> float:
+        """Of the last assignment, from its distances."""
+        parts = self.each(
+            lambda a, b: (
+                float(self.dist[a:b].astype(np.float64) @ self.w[a:b].astype(np.float64))
+                if len(self.w)
+                else float(self.dist[a:b].sum(dtype=np.float64))
+            ),
+            [(a, min(a + _CHUNK, self.total)) for a in range(0, self.total, _CHUNK)],
+        )
+        return sum(parts) / float(self.scale) ** 2
+
+    def finish(self) -> None:
+        """The last assignment, to the centroids as they are."""
+        exact = self.dim <= _EXACT_RESULT
+        if exact or self.lists is None:
+            self.reach = np.zeros(len(self.c), np.float32)
+            cells.measure_reach(self.order, self.starts, self.dist, self.reach)
+            self._bound()
+            self.assign(*((2.0,) if exact else (_first_factor(self.dim), _slack(self.dim))))
+        previous = self.objective()
+        while not exact:
+            self.assign_listed(wide=True)
+            objective = self.objective()
+            if previous - objective <= _SETTLED * objective:
+                break
+            previous = objective
+
+    # Results
+
+    def codes(self) -> torch.Tensor:
+        names = np.arange(len(self.c), dtype=np.int32) if self.names is None else self.names
+        codes = np.empty(self.total, np.int64)
+        self.each(
+            lambda a, b: cells.restore_codes(self.source[a:b], self.code[a:b], names, codes),
+            _ranges(self.total, 8 * self.threads),
+        )
+        return torch.from_numpy(codes)
+
+    def distances(self) -> torch.Tensor:
+        distances = np.empty(self.total, np.float32)
+        distances[self.source] = self.dist
+        return torch.from_numpy(distances / self.scale**2)
+
+    def result(self, done: int) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+        tasks = [(a, min(a + _CHUNK, self.total)) for a in range(0, self.total, _CHUNK)]
+        errors = self.each(
+            lambda a, b: cells.exact_objective(self.x[a:b], self._weights(a, b), self.c, self.code[a:b]), tasks
+        )
+        places = np.empty_like(self.c)
+        places[slice(None) if self.names is None else self.names] = self.c
+        return torch.from_numpy(places / self.scale), self.codes(), sum(errors) / float(self.scale) ** 2, done
+
+
+def _first_factor(dim: int) -> float:
+    """How far the first lists look, as a factor of the distance of a vector to its home; wide passes mend the rest."""
+    return 1.85 - 0.05 * dim
+
+
+def _slack(dim: int) -> float:
+    """Lists hold what came within 1 + slack times the least squared distance of some vector of the home."""
+    return 0.3 if dim <= 12 else 0.2
+
+
+def _ranges(total: int, parts: int) -> list[tuple[int, int]]:
+    edges = np.linspace(0, total, max(1, min(parts, total)) + 1).astype(np.int64).tolist()
+    return list(pairwise(edges))
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers."""
+    value = 0
+    for number in numbers:
+        value = (value * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
+    return value
+
+
+def _fans(clusters: int) -> list[int]:
+    """Cells that the nodes of each level of the tree are split into."""
+    leaves = clusters // _LEAF
+    if leaves <= 1:
+        return []
+    return [leaves] if leaves <= _FAN else [int(np.ceil(leaves**0.5))] * 2
