@@ -76,7 +76,10 @@ def test_the_objective_only_falls(weighted, dim, init, engine):
     assert iterations == tuple(range(1, info.iterations + 1))
     assert info.objective <= objectives[-1] * (1 + 1e-6)
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(objectives))
-    assert info.objective < 0.99 * kmeans(vectors, 40, iterations=0, **settings)[2].objective
+    assert (
+        info.objective
+        <= (0.99 if init == "random" else 1) * kmeans(vectors, 40, iterations=0, **settings)[2].objective
+    )
 
 
 @every_engine
