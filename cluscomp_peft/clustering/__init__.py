@@ -6,8 +6,8 @@
     torch     plain Lloyd, the judge of the others; what is left when numba or Triton is absent   any device
 
 Engines share one signature, (vectors [N, d] fp32, num_clusters, weights [N] or None, start centroids [n, d] or None,
-iterations, tolerance, seed, threads, progress) → (centroids, codes, objective, iterations done). Those that sort
-(scalar, cpu) find a density start of their own.
+iterations, tolerance, seed, threads, progress) → (centroids, codes, objective, iterations done). All but
+"torch" find a density start of their own.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def kmeans(
         if start is None and init == "random":
             generator = torch.Generator().manual_seed(seed)
             start = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
-        elif start is None and engine in ("torch", "cuda"):
+        elif start is None and engine == "torch":
             start = density_start(vectors, num_clusters, weights, seed)
         codebook, codes, objective, done = _run(engine)(
             vectors, num_clusters, weights, start, iterations, tolerance, seed, threads, progress
@@ -154,7 +154,7 @@ def _choose_engine(engine: str, vectors: torch.Tensor, num_clusters: int) -> str
     if engine == "auto":
         if dim == 1:
             return "scalar"
-        if device == "cuda" and fits and _has("triton"):
+        if device == "cuda" and fits and torch.version.cuda is not None and _has("triton"):
             return "cuda"
         large = total * num_clusters > _PLAIN_PAIRS
         return "cpu" if device == "cpu" and fits and large and _has("numba") else "torch"

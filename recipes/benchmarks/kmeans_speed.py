@@ -13,7 +13,8 @@ The yardstick is what users run today: 20 exact Lloyd iterations from random poi
 
 Timings of one row are interleaved, `--repeat` times, and medians are compared. faiss itself would take hours to get to
 the yardstick's objective, so that comes from exact assignments of our own from the same start (pruned up to d = 6,
-brute force above); objectives are kept in results/kmeans_reference.json.
+brute force above, or near with `--near-reference`, which the table then says); objectives are kept in
+results/kmeans_reference.json.
 
 Points are groups of d consecutive outputs of a random bf16 weight matrix with what LLM weights have: rows and channels
 of different scale (log-normal), a few channels 8 times larger, some entries of heavy tails (Student t).
@@ -65,7 +66,7 @@ ROWS = (
 )
 ITERATIONS = 20
 TWO_THREADS = ((4, 4096), (4, 65500))
-PAIRS = 1e10  # distances of one iteration beyond which scikit-learn is left out
+PAIRS = 2e9  # distances of one iteration beyond which scikit-learn is left out: it would take hours
 COMPILE = """
 import time, torch
 from cluscomp_peft.clustering import kmeans
@@ -88,6 +89,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--reference", action="store_true", help="computes objectives again that are known")
+    parser.add_argument(
+        "--near-reference",
+        action="store_true",
+        help="yardstick by our own assignment above d = 6 (0.3 %% from exact at most, minutes instead of an hour)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="compilation is not timed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -127,7 +133,7 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
     threads = options.threads
     generator = torch.Generator().manual_seed(0)
     start = points[torch.randperm(total, generator=generator)[:clusters]]
-    yardstick = reference(kind, points, start, options)
+    yardstick, exact = reference(kind, points, start, options)
 
     objectives: list[float] = [_cluster(points, clusters, 0, threads)[2]]
     centroids, _, final, _ = _cluster(
@@ -165,6 +171,7 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
         "ratio": seconds["faiss"] / seconds["ours"] if seconds["ours"] else None,
         "iterations": iterations,
         "objective": final / yardstick,
+        "exact yardstick": exact,
         "excess": _error(queries, centroids, codes) / _error(queries, centroids, best) - 1,
     }
 
@@ -188,18 +195,27 @@ def make_points(kind: str, dim: int, total: int) -> torch.Tensor:
     return group(weight.bfloat16(), dim).reshape(-1, dim)[:total].float()
 
 
-def reference(kind: str, points: torch.Tensor, start: torch.Tensor, options: argparse.Namespace) -> float:
-    """The yardstick's objective: after 20 updates, each followed by an exact assignment."""
+def reference(kind: str, points: torch.Tensor, start: torch.Tensor, options: argparse.Namespace) -> tuple[float, bool]:
+    """The yardstick's objective, after 20 updates, each followed by an assignment, and whether these were exact."""
     (total, dim), clusters = points.shape, len(start)
     key = f"{os.path.basename(kind)} d={dim} N={total} n={clusters}"
     known = _load("kmeans_reference").get("objectives", {})
-    if key in known and not options.reference:
-        return known[key]
-    objective = exact_lloyd(points, start, os.cpu_count() or 1)
+    near = options.near_reference and dim > 6
+    if not options.reference:
+        if key in known:
+            return known[key], True
+        key += " near" if near else ""
+        if key in known:
+            return known[key], False
+    threads = os.cpu_count() or 1
+    if near:
+        objective = cpu.lloyd_cells(points, len(start), None, start, ITERATIONS, 0.0, 0, threads, None)[2]
+    else:
+        objective = exact_lloyd(points, start, threads)
     if options.scale == 1:
         settings = {"iterations": ITERATIONS, "start": "random points"}
         write_results("kmeans_reference", {"settings": settings, "objectives": {**known, key: objective}})
-    return objective
+    return objective, not near
 
 
 def exact_lloyd(points: torch.Tensor, centroids: torch.Tensor, threads: int) -> float:
@@ -265,7 +281,11 @@ def markdown(table: list[dict]) -> str:
         if row["iterations"] is not None:
             ours = (f"{row['ours']:.2f}", f"{row['ratio']:.0f}", str(row["iterations"]))
         cells = [row["points"], str(row["d"]), f"{row['N']:,}", f"{row['n']:,}", f"{row['faiss']:,.1f}", sklearn]
-        cells += [*ours, f"{row['objective']:.4f}", f"{row['excess']:.1e}"]
+        cells += [
+            *ours,
+            f"{row['objective']:.4f}{'' if row['exact yardstick'] else ' (near)'}",
+            f"{row['excess']:.1e}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
