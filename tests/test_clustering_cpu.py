@@ -133,6 +133,13 @@ def test_near_assignments_lose_less_than_three_per_mille(dim):
     assert int(codes.max()) < 2000
 
 
+@pytest.mark.parametrize("dim", [7, 16])
+def test_few_vectors_for_each_centroid_are_assigned_exactly(dim):
+    vectors = weights_of_a_model(3000, dim)
+    centroids = vectors[::3].clone() + 0.001
+    check_nearest(vectors, centroids, assign(vectors, centroids)[0])
+
+
 @pytest.mark.parametrize("dim", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_threads_change_no_byte(dim, weighted):

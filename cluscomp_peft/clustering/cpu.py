@@ -35,6 +35,7 @@ _EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations che
 _EXACT_RESULT = 6
 _RESORT = (1, 3, 8, 20, 50)
 _LIST = 256
+_FEW = 4  # vectors for each centroid
 _SETTLED = 1e-3  # wide passes at the end stop when one lowers the objective by less
 
 
@@ -333,6 +334,11 @@ class _Clustering:
     def finish(self) -> None:
         """The last assignment, to the centroids as they are."""
         exact = self.dim <= _EXACT_RESULT
+        if not exact and self.total <= _FEW * len(self.c):
+            # Lists come from the vectors of a home; where there are hardly any, all centroids are looked at.
+            self._descend([(0, self.total)], self.c, np.array([0, len(self.c)]))
+            self.sort()
+            return
         if exact or self.lists is None:
             self.reach = np.zeros(len(self.c), np.float32)
             cells.measure_reach(self.order, self.starts, self.dist, self.reach)

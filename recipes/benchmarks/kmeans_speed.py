@@ -143,7 +143,8 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
 
     # Small calls are another code path of faiss, and a slow one.
     count = 1 << (19 if clusters <= 4096 else 16)
-    queries = points[torch.randint(total, (count,), generator=generator)].contiguous()
+    sample = torch.randint(total, (count,), generator=generator)
+    queries = points[sample].contiguous()
     index = faiss.IndexFlatL2(dim)
     index.add(centroids.numpy())
     few = points[torch.randperm(total, generator=generator)[: max(1 << 16, 2 * clusters)]].contiguous()
@@ -158,7 +159,7 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
             times["sklearn"].append((spent[1] - spent[0]) / (more - 1) * total / len(few) * ITERATIONS)
     seconds = {engine: statistics.median(spent) if spent else None for engine, spent in times.items()}
 
-    codes = cpu.assign(queries, centroids, threads=threads)[0]
+    codes = cpu.assign(points, centroids, threads=threads)[0][sample]
     best = torch.from_numpy(index.search(queries.numpy(), 1)[1][:, 0])
     return {
         "points": os.path.basename(kind),
