@@ -17,8 +17,10 @@ from numba import njit
 from .scan import lanes, scan
 
 __all__ = [
+    "MARGIN",
     "SLAB",
     "bound_blocks",
+    "candidates",
     "count_codes",
     "distance",
     "exact_objective",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 SLAB = 4096  # vectors handled at once: what their buffers take stays in the cache
-_MARGIN = np.float32(1 + 1e-5)  # bounds are rounded to fp32; nothing that matters may fall outside
+MARGIN = np.float32(1 + 1e-5)  # bounds are rounded to fp32; nothing that matters may fall outside
 
 
 @njit(nogil=True, cache=True)
@@ -71,7 +73,8 @@ def pack(x, first, last, origin, packed, norms):
 
 
 @njit(nogil=True, cache=True)
-def _candidates(c, origin, rows):
+def candidates(c, origin, rows):
+    """Rows of centroids for `scan`, relative to origin."""
     dim = c.shape[1]
     for k in range(len(c)):
         norm = np.float32(0)
@@ -152,7 +155,7 @@ def split_cell(x, w, c, sample, iterations, seed):
     origin = _mean(y)
     chunks = pack(y, 0, count, origin, packed, norms)
     for _ in range(iterations):
-        _candidates(c, origin, rows)
+        candidates(c, origin, rows)
         best[:] = np.inf
         index[:] = 0
         scan_chunks(packed, rows, clusters, chunks, dim, best, index)
@@ -184,7 +187,7 @@ def scan_cells(x, w, c, offset, code, dist, error):
     dim, total = x.shape[1], len(x)
     origin = _mean(c)
     rows = np.empty((len(c), dim + 1), np.float32)
-    _candidates(c, origin, rows)
+    candidates(c, origin, rows)
     packed, norms = np.empty(SLAB * dim, np.float32), np.empty(SLAB, np.float32)
     best, index = np.empty(SLAB, np.float32), np.empty(SLAB, np.int32)
     for first in range(0, total, SLAB):
@@ -266,7 +269,7 @@ def update_centroids(x, w, order, starts, dist, first, last, c, reach, error, wo
                 moved += (np.float64(value) - c[k, j]) ** 2
                 c[k, j] = value
         error[k] = cost
-        reach[k] = (np.sqrt(far) + np.float32(np.sqrt(moved))) * _MARGIN
+        reach[k] = (np.sqrt(far) + np.float32(np.sqrt(moved))) * MARGIN
 
 
 @njit(nogil=True, cache=True)
@@ -276,7 +279,7 @@ def measure_reach(order, starts, dist, reach):
         far = np.float32(0)
         for t in range(starts[k], starts[k + 1]):
             far = max(far, dist[order[t]])
-        reach[k] = np.sqrt(far) * _MARGIN
+        reach[k] = np.sqrt(far) * MARGIN
 
 
 @njit(nogil=True, cache=True)

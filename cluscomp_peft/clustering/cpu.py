@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from . import cells, nearest
-from .scan import MAX_DIM
+from .lloyd import iterate
 from .start import density_shares
 
-__all__ = ["MAX_DIM", "assign", "lloyd_cells"]
+__all__ = ["assign", "lloyd_cells"]
 
 _LEAF = 32  # centroids of a leaf of the tree, and of a block
 _FAN = 64  # cells that one node is split into at most
@@ -61,23 +61,20 @@ def lloyd_cells(
     with _Clustering(vectors, weights, threads) as job:
         job.plant(num_clusters, seed) if start is None else job.adopt(start, seed)
         exact = job.dim <= _EXACT_ITERATIONS
-        previous, done = None, 0
-        for done in range(1, iterations + 1):
+
+        def step(iteration: int) -> float:
             job.update()
             if exact:
                 job.assign(2.0)
-            elif done == 1:
+            elif iteration == 1:
                 job.assign(_first_factor(job.dim), _slack(job.dim))
             else:
-                job.assign_listed(wide=done % 4 == 2)
-            if done in _RESORT:
+                job.assign_listed(wide=iteration % 4 == 2)
+            if iteration in _RESORT:
                 job.resort()
-            objective = job.objective()
-            if progress is not None:
-                progress(done, objective)
-            if previous is not None and previous - objective <= tolerance * previous:
-                break
-            previous = objective
+            return job.objective()
+
+        done = iterate(step, iterations, tolerance, progress)
         if not (exact and done):
             job.finish()
         return job.result(done)
@@ -279,9 +276,9 @@ class _Clustering:
             donors = np.argsort(-self.error, kind="stable")[: len(empty)]
             donors = donors[self.error[donors] > 0]
             self.c[empty[: len(donors)]] = self.x[worst[donors]]
-        self._bound()
 
     def _bound(self) -> None:
+        """Boxes of the blocks, and rows of all centroids, for the places where they are now."""
         blocks = len(self.bounds) - 1
         self.low, self.high = np.empty((self.dim, blocks), np.float32), np.empty((self.dim, blocks), np.float32)
         cells.bound_blocks(self.c, self.bounds, self.low, self.high)
@@ -294,14 +291,14 @@ class _Clustering:
         clusters = len(self.c)
         self.lists = np.empty((clusters, _LIST if slack > 0 else 0), np.uint16)
         self.lengths = np.zeros(clusters, np.int32)
-        scored = self.each(
+        self._bound()
+        self.each(
             lambda a, b: nearest.assign(
                 self.x, self.order, self.starts, self.c, self.origin, self.rows, self.reach, self.bounds, self.low,
                 self.high, factor, slack, a, b, self.code, self.dist, self.lists, self.lengths,
             ),
             _ranges(len(self.bounds) - 1, 16 * self.threads),
         )  # fmt: skip
-        self.scored = sum(scored)
         self.sort()
 
     def assign_listed(self, wide: bool) -> None:
@@ -342,7 +339,6 @@ class _Clustering:
         if exact or self.lists is None:
             self.reach = np.zeros(len(self.c), np.float32)
             cells.measure_reach(self.order, self.starts, self.dist, self.reach)
-            self._bound()
             self.assign(*((2.0,) if exact else (_first_factor(self.dim), _slack(self.dim))))
         previous = self.objective()
         while not exact:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["assign", "lloyd"]
+__all__ = ["assign", "iterate", "lloyd"]
 
 _SCORES = 1 << 24  # entries of a block of scores: 64 MiB
 
@@ -33,20 +33,32 @@ def lloyd(
     Returns:
         centroids [n, d], codes [N] int64, the objective, and the iterations done.
     """
-    previous = None
-    done = 0
     centroids = start
     codes, distances = assign(vectors, centroids)
-    for done in range(1, iterations + 1):
+
+    def step(_: int) -> float:
+        nonlocal centroids, codes, distances
         centroids = _update(vectors, centroids, codes, distances, weights)
         codes, distances = assign(vectors, centroids)
-        objective = _objective(distances, weights)
+        return _objective(distances, weights)
+
+    done = iterate(step, iterations, tolerance, progress)
+    return centroids, codes, _objective(distances, weights), done
+
+
+def iterate(
+    step: Callable[[int], float], iterations: int, tolerance: float, progress: Callable[[int, float], None] | None
+) -> int:
+    """Calls step(1), step(2), … → objective until one gains less than a share of `tolerance`; returns how many."""
+    previous, done = None, 0
+    for done in range(1, iterations + 1):
+        objective = step(done)
         if progress is not None:
             progress(done, objective)
         if previous is not None and previous - objective <= tolerance * previous:
             break
         previous = objective
-    return centroids, codes, _objective(distances, weights), done
+    return done
 
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .cells import SLAB, distance, pack, scan_chunks
+from .cells import MARGIN, SLAB, candidates, distance, pack, scan_chunks
 from .scan import collect, lanes, lowest_bit, scan
 
 __all__ = ["assign", "assign_listed", "collectable"]
@@ -27,21 +27,15 @@ __all__ = ["assign", "assign_listed", "collectable"]
 _VECTOR_BINS = 16
 _CANDIDATE_BINS = 32
 _TINY = np.float32(1e-36)  # a squared distance that bins cannot be made of; vectors are scaled to about 1
-_MARGIN = np.float32(1 + 1e-5)  # bounds are rounded to fp32; nothing that matters may fall outside
 _ROUNDING = np.float32(4e-6)  # of a sum of 17 products in fp32, with room to spare
 
 
 @njit(nogil=True, cache=True)
 def collectable(c, origin, rows):
     """Rows of all centroids for `collect`; what fp32 may round away is taken off the norm, so nothing is missed."""
-    dim = c.shape[1]
+    candidates(c, origin, rows)
     for k in range(len(c)):
-        norm = np.float32(0)
-        for j in range(dim):
-            value = c[k, j] - origin[j]
-            rows[k, j] = -2 * value
-            norm += value * value
-        rows[k, dim] = norm * (1 - _ROUNDING)
+        rows[k, c.shape[1]] *= 1 - _ROUNDING
 
 
 @njit(nogil=True, cache=True)
@@ -141,14 +135,14 @@ def _mark(
 def assign(
     x, order, starts, c, origin, rows, reach, bounds, low, high, factor, slack, first, last, code, dist, lists, lengths
 ):
-    """Nearest centroid of every vector whose home is in the blocks [first, last); returns the pairs that were scored.
+    """Nearest centroid of every vector whose home is in the blocks [first, last).
 
     Centroids farther from the home than `factor` times the distance of the vector are left out: exact with 2. Those
     that came within (1 + slack) times the least squared distance of some vector are written to the home's list.
     """
     dim, n = x.shape[1], len(c)
     size = lanes(dim)
-    square = np.float32(factor * factor) * _MARGIN
+    square = np.float32(factor * factor) * MARGIN
     sorted_norms = np.empty(SLAB, np.float32)
     shifted, norms = np.empty((SLAB, dim), np.float32), np.empty(SLAB, np.float32)
     slot = np.empty(SLAB, np.int32)
@@ -162,7 +156,6 @@ def assign(
     vector_end, candidate_end = np.empty(_VECTOR_BINS + 1, np.int32), np.empty(_CANDIDATE_BINS + 1, np.int32)
     seen, marks = np.full(n, -1, np.int32), np.empty(size, np.float32)
     room = lists.shape[1]
-    scored = 0
     edge = bounds[last]
     home = bounds[first]
     while home < edge:
@@ -246,7 +239,6 @@ def assign(
                 index[: chunks * size] = -1
                 for q in range(chunks):
                     end = candidate_end[min(_CANDIDATE_BINS - 1, int(min(square * farthest[q], limit) * scale))]
-                    scored += np.int64(end) * size
                     scan(
                         packed.ctypes.data + 4 * q * size * dim,
                         near_rows.ctypes.data,
@@ -272,7 +264,6 @@ def assign(
                         code[i] = listed[index[p]]
                         dist[i] = distance(x, i, c, code[i])
             home += 1
-    return scored
 
 
 @njit(nogil=True, cache=True)

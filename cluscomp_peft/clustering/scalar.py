@@ -22,6 +22,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .lloyd import iterate
+
 __all__ = ["lloyd_scalar"]
 
 _OPTIMAL_STEPS = 1e8  # up to here the optimum takes no more than about 3 seconds
@@ -184,16 +186,14 @@ class _Line:
     ) -> tuple[np.ndarray, int]:
         places = self._density(clusters) if start is None else np.sort(start) - self.origin
         edges = self._edges(places)
-        previous, done = None, 0
-        for done in range(1, iterations + 1):
+
+        def step(_: int) -> float:
+            nonlocal places, edges
             places = self._improve(places, edges)
             edges = self._edges(places)
-            objective = self._error(places, edges)
-            if progress is not None:
-                progress(done, objective)
-            if previous is not None and previous - objective <= tolerance * previous:
-                break
-            previous = objective
+            return self._error(places, edges)
+
+        done = iterate(step, iterations, tolerance, progress)
         return self._round(places), done
 
     def _edges(self, places: np.ndarray) -> np.ndarray:

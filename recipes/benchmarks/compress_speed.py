@@ -14,11 +14,12 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
-from memory import _status, write_results
+from memory import read_status, write_results
 from tqdm import tqdm
 
 from cluscomp_peft.compress.allocation import choose_spec
 from cluscomp_peft.compress.cluster import cluster_codes
+from cluscomp_peft.linear import ClusteredLinear
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     total = sum(out_features * in_features for out_features, in_features in shapes)
 
     cluster(shapes[2], 0, options)  # compiled before anything is timed
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = read_status("VmRSS"), time.perf_counter()
     done, stored, square, norm = 0, 0.0, 0.0, 0.0
     marks = {0.1: None, 0.25: None, 0.5: None}
     with ThreadPoolExecutor(options.threads) as pool, tqdm(total=total, unit="weight", unit_scale=True) as bar:
@@ -61,7 +62,7 @@ def main() -> None:
         "minutes": seconds / 60,
         "true_bits": stored / total,
         "relative_error": (square / norm) ** 0.5,
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": read_status("VmHWM") - before,
         "estimate / truth": {share: estimate / seconds for share, estimate in marks.items() if estimate},
     }
     print("| weights | matrices | minutes | true bits | relative error | peak, MB | estimate / truth |")
@@ -77,8 +78,6 @@ def main() -> None:
 @torch.no_grad()
 def cluster(shape: tuple[int, int], number: int, options: argparse.Namespace) -> tuple[int, float, float, float]:
     """Weights, true bits, squared error and squared norm of one random matrix."""
-    from cluscomp_peft.linear import ClusteredLinear
-
     out_features, in_features = shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).mul_(0.02).bfloat16()
     spec = choose_spec(in_features, out_features, bits=options.bits)

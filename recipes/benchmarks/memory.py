@@ -110,7 +110,7 @@ def run_job(options: argparse.Namespace) -> dict[str, float]:
     action, _, kind = options.job.partition(" ")
     path = os.path.join(options.folder, "compressed" if kind == "compressed" else "dense")
     _warm_up()
-    before = _status("VmRSS")
+    before = read_status("VmRSS")
     settings = {}
     if kind == "nf4 lora":
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -134,7 +134,7 @@ def run_job(options: argparse.Namespace) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
     files = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path) if "safetensors" in name)
-    return {"files": files, "peak": _status("VmHWM") - before}
+    return {"files": files, "peak": read_status("VmHWM") - before}
 
 
 def _warm_up() -> None:
@@ -149,7 +149,7 @@ def _warm_up() -> None:
     ctypes.CDLL(None).malloc_trim(0)  # memory of its own that the job could use again would make the job look smaller
 
 
-def _status(key: str) -> int:
+def read_status(key: str) -> int:
     """Bytes of a line of /proc/self/status."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
