@@ -26,15 +26,15 @@ from .start import density_shares
 
 __all__ = ["assign", "lloyd_cells"]
 
-_LEAF = 32  # centroids of a leaf of the tree, and of a block
 _FAN = 64  # cells that one node is split into at most
 _SAMPLE = 256  # vectors for each centroid of a split
-_LOCAL = 10  # iterations inside a leaf, against 32 centroids: ten cost less than one of the whole, and save three
+_LOCAL = 10  # iterations inside a leaf, against few centroids: ten cost less than one of the whole, and save three
 _CHUNK = 1 << 18  # vectors of one task where tasks do not follow blocks: fixed, for sums that depend on it
 _EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations cheaper than lists
 _EXACT_RESULT = 6
 _RESORT = (1, 3, 8, 20, 50)
 _LIST = 256
+_SLACK = 0.3  # lists hold what came within 1 + slack times the least squared distance of some vector of the home
 _FEW = 4  # vectors for each centroid
 _SETTLED = 1e-3  # wide passes at the end stop when one lowers the objective by less
 
@@ -67,7 +67,7 @@ def lloyd_cells(
             if exact:
                 job.assign(2.0)
             elif iteration == 1:
-                job.assign(_first_factor(job.dim), _slack(job.dim))
+                job.assign(_first_factor(job.dim), _SLACK)
             else:
                 job.assign_listed(wide=iteration % 4 == 2)
             if iteration in _RESORT:
@@ -85,8 +85,8 @@ def assign(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest of the centroids [n, d] for each vector [N, d]: codes [N] int64 and squared distances [N] fp32.
 
-    Exact up to d = 6. Above, vectors descend along lists of neighbours until none moves; what that loses was below
-    0.4 % of the summed distance on weights (`recipes/benchmarks/kmeans_speed.py` measures it).
+    Exact up to d = 6. Above, vectors descend along lists of neighbours until few move; what that loses was below
+    0.3 % of the summed distance on weights (`recipes/benchmarks/kmeans_speed.py` measures it).
     """
     with _Clustering(vectors, None, threads) as job:
         job.adopt(centroids, seed)
@@ -172,7 +172,7 @@ class _Clustering:
     def plant(self, clusters: int, seed: int) -> None:
         """The density start: centroids, blocks, and every vector at the nearest centroid of its leaf."""
         nodes = [(0, self.total, clusters)]
-        for level, fan in enumerate(_fans(clusters)):
+        for level, fan in enumerate(_fans(clusters, self.dim)):
             nodes, _ = self._split(nodes, fan, seed, level)
         shares = [share for _, _, share in nodes]
         self.bounds = np.concatenate([[0], np.cumsum(shares)]).astype(np.int64)
@@ -196,7 +196,7 @@ class _Clustering:
         places = centroids.numpy() * self.scale
         with _Clustering(torch.from_numpy(places), None, 1) as tree:
             nodes, levels = [(0, len(places), len(places))], []
-            for level, fan in enumerate(_fans(len(places))):
+            for level, fan in enumerate(_fans(len(places), self.dim)):
                 nodes, cuts = tree._split(nodes, fan, seed, level)
                 levels.append(cuts)
         self.c, self.names = tree.x, tree.source
@@ -233,7 +233,7 @@ class _Clustering:
 
         Returns the cells that are not empty: as nodes, and as (centers, offsets by node).
         """
-        parts = [max(1, min(fan, share // _LEAF if level else fan, b - a)) for a, b, share in nodes]
+        parts = [max(1, min(fan, share // _leaf(self.dim) if level else fan, b - a)) for a, b, share in nodes]
         offsets = np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
         centers = np.zeros((offsets[-1], self.dim), np.float32)
 
@@ -308,7 +308,7 @@ class _Clustering:
         )
         self.each(
             lambda a, b: nearest.assign_listed(
-                self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _slack(self.dim), a, b,
+                self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _SLACK, a, b,
                 self.code, self.dist, lists, lengths,
             ),
             _ranges(len(self.c), 16 * self.threads),
@@ -339,7 +339,7 @@ class _Clustering:
         if exact or self.lists is None:
             self.reach = np.zeros(len(self.c), np.float32)
             cells.measure_reach(self.order, self.starts, self.dist, self.reach)
-            self.assign(*((2.0,) if exact else (_first_factor(self.dim), _slack(self.dim))))
+            self.assign(*((2.0,) if exact else (_first_factor(self.dim), _SLACK)))
         previous = self.objective()
         while not exact:
             self.assign_listed(wide=True)
@@ -376,12 +376,12 @@ class _Clustering:
 
 def _first_factor(dim: int) -> float:
     """How far the first lists look, as a factor of the distance of a vector to its home; wide passes mend the rest."""
-    return 1.85 - 0.05 * dim
+    return max(1.25, 1.85 - 0.05 * dim)
 
 
-def _slack(dim: int) -> float:
-    """Lists hold what came within 1 + slack times the least squared distance of some vector of the home."""
-    return 0.3 if dim <= 12 else 0.2
+def _leaf(dim: int) -> int:
+    """Centroids of a leaf of the tree, and of a block; larger ones start better, and prune worse where boxes prune."""
+    return 32 if dim <= 12 else 128
 
 
 def _ranges(total: int, parts: int) -> list[tuple[int, int]]:
@@ -397,9 +397,9 @@ def _mix(*numbers: int) -> int:
     return value
 
 
-def _fans(clusters: int) -> list[int]:
+def _fans(clusters: int, dim: int) -> list[int]:
     """Cells that the nodes of each level of the tree are split into."""
-    leaves = clusters // _LEAF
+    leaves = clusters // _leaf(dim)
     if leaves <= 1:
         return []
     return [leaves] if leaves <= _FAN else [int(np.ceil(leaves**0.5))] * 2
