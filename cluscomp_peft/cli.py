@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cluscomp {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"cluscomp {options.command}: interrupted; nothing was written.", file=sys.stderr)
+        print(f"cluscomp {options.command}: interrupted; the same command goes on from there.", file=sys.stderr)
         return 130
     return 0
 
@@ -39,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", help="make a compressed checkpoint of a dense model")
     compress.add_argument("source", metavar="SRC", help="folder or hub id of the dense model")
     compress.add_argument("target", metavar="OUT", help="folder to create")
-    compress.add_argument("--bits", type=float, help="true bits per weight that no matrix exceeds (default 4)")
+    compress.add_argument("--bits", type=float, help="true bits per weight (default 4)")
+    compress.add_argument("--size", metavar="16MB", type=_bytes, help="bytes of the whole folder, instead of --bits")
     compress.add_argument("--group-size", type=int, help="weights per code; with --num-clusters, instead of --bits")
     compress.add_argument("--num-clusters", type=int, help="centroids per codebook")
     compress.add_argument(
@@ -49,7 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
     compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
-    compress.add_argument("--samples", type=int, default=128, help="calibration sequences of up to 2048 tokens")
+    compress.add_argument("--samples", type=int, default=128, help="calibration sequences")
+    compress.add_argument(
+        "--seqlen", type=int, help="tokens of a sequence (default 2048, at most what the model takes)"
+    )
+    compress.add_argument(
+        "--feedback",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let codes make up for errors, with calibration (default: yes)",
+    )
+    compress.add_argument("--epochs", type=int, default=8, help="of reconstruction, with calibration; 0 for none")
+    compress.add_argument("--device", help="where blocks run (default: a GPU if there is one)")
     compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
     compress.add_argument("--quality", default="default", choices=QUALITIES, help="of K-means")
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
@@ -58,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="print what a compressed checkpoint holds")
     inspect.add_argument("path", metavar="DIR", help="folder or hub id of a compressed model")
+    inspect.add_argument("--html", metavar="FILE", help="write the report as a page with plots")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     inspect.set_defaults(run=_inspect)
 
@@ -74,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from .hf.checkpoint import compress_checkpoint
+    from .hf.compression import compress_checkpoint
 
     config = ClusCompQuantizationConfig(
         bits=options.bits,
@@ -89,22 +103,33 @@ def _compress(options: argparse.Namespace) -> None:
         options.source,
         options.target,
         config,
+        size=options.size,
         calibration=options.calibration,
         samples=options.samples,
+        seqlen=options.seqlen,
+        feedback=options.feedback,
+        epochs=options.epochs,
+        device=options.device,
         dtype=options.dtype,
         overwrite=options.overwrite,
     )
     print(
         f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
         f"relative error {summary['relative_error']:.4f}, {summary['bytes'] / 1e6:.1f} MB of weight files, "
-        f"{summary['seconds']:.1f} s"
+        f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory'] / 1e9:.2f} GB"
     )
+    if summary["losses"]:
+        dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
+        print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from .hf.checkpoint import inspect_checkpoint
+    from .hf.compression import write_page
 
     matrices, totals = inspect_checkpoint(options.path)
+    if options.html is not None:
+        write_page(options.path, options.html)
     if options.json:
         print(json.dumps({"matrices": [asdict(entry) for entry in matrices], "totals": totals}))
         return
@@ -163,6 +188,15 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
             f"{result.true_bits:.3f} true bits per weight"
         )
+
+
+def _bytes(text: str) -> int:
+    """Bytes of "16MB", "1.5GiB" or "1000000"."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16MB, 1.5GiB or 1000000")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
 
 
 def _number(value: float | None) -> str:

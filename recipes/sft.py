@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
-from cluscomp_peft.hf.checkpoint import compress_checkpoint, read_report
+from cluscomp_peft.hf.checkpoint import read_report
+from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
 
 # For models that come without one: turns in plain text, an end-of-sequence token after each answer.

@@ -8,9 +8,9 @@ import lzma
 import pytest
 import torch
 
-from cluscomp_peft.compress.calibration import input_second_moments, read_documents, token_windows
+from cluscomp_peft.compress.calibration import read_documents, token_windows
 
-from .conftest import WORDS, tiny_llama
+from .conftest import WORDS
 
 ROWS = [
     {"text": "w1 w2\nw3"},
@@ -168,56 +168,3 @@ def test_too_little_text_and_too_short_windows_are_refused(tokenizer):
         token_windows(["w1 w2"], tokenizer, 4, max_tokens=1)
     with pytest.raises(ValueError, match="seqlen=1"):
         token_windows(["w1 w2 w3"], tokenizer, 1)
-
-
-# -- input_second_moments
-
-
-def test_moments_are_the_mean_squares_over_all_tokens(tokenizer):
-    model = tiny_llama()
-    windows = token_windows([" ".join(WORDS[3:60]), "w1 w5 w9"], tokenizer, 16)
-    assert len({window.shape[1] for window in windows}) == 2  # a shorter last window weighs less
-    moments = input_second_moments(model, windows)
-
-    hidden = []
-    with torch.no_grad():
-        for window in windows:
-            embedded = model.model.embed_tokens(window)
-            hidden.append(model.model.layers[0].input_layernorm(embedded)[0].double())
-    expected = torch.cat(hidden).square().mean(0)
-    first = moments["model.layers.0.self_attn.q_proj"]
-    assert first.dtype == torch.float32 and first.shape == (32,)
-    torch.testing.assert_close(first.double(), expected, rtol=1e-6, atol=1e-8)
-
-
-def test_moments_cover_every_linear_layer_and_leave_no_hook(tokenizer):
-    model = tiny_llama()
-    windows = token_windows(["w1 w2 w3 w4"], tokenizer, 4)
-    moments = input_second_moments(model, windows)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert moments.keys() == linears.keys()
-    assert all(moments[name].shape == (module.in_features,) for name, module in linears.items())
-    assert torch.equal(moments["model.layers.1.mlp.gate_proj"], moments["model.layers.1.mlp.up_proj"])
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_windows_of_different_order_give_the_same_moments(tokenizer):
-    model = tiny_llama()
-    windows = token_windows([" ".join(WORDS[3:40])], tokenizer, 8)
-    forwards, backwards = (input_second_moments(model, chosen) for chosen in (windows, windows[::-1]))
-    for name, moment in forwards.items():
-        torch.testing.assert_close(moment, backwards[name], rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_refused_by_layer(value):
-    model = tiny_llama()
-    model.model.layers[1].input_layernorm.weight.data[0] = value
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj are NaN or infinite"):
-        input_second_moments(model, [torch.tensor([[3, 4, 5]])])
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_no_windows_are_refused():
-    with pytest.raises(ValueError, match="at least one window"):
-        input_second_moments(tiny_llama(), [])

@@ -13,13 +13,14 @@ Lattices and Groups", table 2.3; beyond 8 interpolated). The law is asymptotic; 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from ..clustering import QUALITIES
 from ..codes import MAX_CODE_BITS, ClusterSpec, num_groups, packed_width
 
-__all__ = ["CODEBOOK_DTYPES", "check_settings", "choose_spec"]
+__all__ = ["CODEBOOK_DTYPES", "Demand", "allocate", "check_settings", "choose_spec"]
 
 CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -136,6 +137,112 @@ def choose_spec(
             "alone costs too much. Raise bits or leave such matrices out with exclude_modules."
         )
     return best[1]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A matrix that wants bytes.
+
+    Args:
+        in_features, out_features (`int`): Its shape.
+        sensitivity (`float`): Loss in nats that it would cost to lose the whole matrix, as far as the loss is
+            quadratic: storing it with relative squared error D costs sensitivity · D.
+    """
+
+    in_features: int
+    out_features: int
+    sensitivity: float
+
+
+def allocate(
+    demands: dict[str, Demand],
+    budget: int,
+    *,
+    scales: bool | None = None,
+    codebook_itemsize: int = 2,
+) -> dict[str, ClusterSpec]:
+    """A spec for every matrix, together within `budget` bytes, with the least expected loss Σ sensitivity · D(g, n).
+
+    Every matrix takes the candidate that is best at one common price of a byte, which is the optimum over all
+    choices for the bytes spent (Everett 1963); the price is found by bisection, and what is left is spent where it
+    helps most.
+
+    Args:
+        demands: By name.
+        budget (`int`): Bytes of codes, codebooks and scales.
+        scales, codebook_itemsize: As in [`choose_spec`].
+
+    Raises:
+        ValueError: If even the smallest candidates exceed the budget.
+    """
+    names = list(demands)
+    menus = {name: _menu(demands[name], scales, codebook_itemsize) for name in names}
+    least = sum(menus[name][0][0] for name in names)
+    if least > budget:
+        raise ValueError(
+            f"the clustered matrices take {least} bytes at the very least, the budget is {budget}; raise it, or leave "
+            "small matrices out with exclude_modules."
+        )
+
+    def choose(price: float) -> dict[str, int]:
+        return {
+            name: min(range(len(menu)), key=lambda i: menu[i][1] + price * menu[i][0]) for name, menu in menus.items()
+        }
+
+    def spent(choice: dict[str, int]) -> int:
+        return sum(menus[name][i][0] for name, i in choice.items())
+
+    low, high = 1e-30, 1e30  # price of a byte: too low, and so high that everyone takes the least
+    for _ in range(120):
+        middle = (low * high) ** 0.5
+        if spent(choose(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    choice = choose(high)
+    if spent(choice) > budget:
+        choice = dict.fromkeys(names, 0)
+    left = budget - spent(choice)
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, menu in menus.items():
+            size, cost, _ = menu[choice[name]]
+            for i in range(choice[name] + 1, len(menu)):
+                if menu[i][0] - size > left:
+                    break
+                gain = (cost - menu[i][1]) / (menu[i][0] - size)
+                if gain > 0 and (best is None or gain > best[0]):
+                    best = (gain, name, i)
+        if best is None:
+            return {name: menus[name][i][2] for name, i in choice.items()}
+        _, name, i = best
+        left -= menus[name][i][0] - menus[name][choice[name]][0]
+        choice[name] = i
+
+
+def _menu(demand: Demand, scales: bool | None, itemsize: int) -> list[tuple[int, float, ClusterSpec]]:
+    """(bytes, expected loss, spec) of the candidates that no other beats in both, from small to large."""
+    inputs, outputs = demand.in_features, demand.out_features
+    if scales is None:
+        scales = 8 * itemsize * (inputs + outputs) / (inputs * outputs) <= _SCALE_BITS
+    found = []
+    for g in range(1, min(_MAX_GROUP, outputs) + 1):
+        vectors = inputs * num_groups(outputs, g)
+        for b in range(1, MAX_CODE_BITS + 1):
+            for n in sorted({2**b * eighths // 8 for eighths in (5, 6, 7, 8)}):
+                if n < 2 or n <= 2 ** (b - 1) or n > vectors // 2:
+                    continue
+                spec = ClusterSpec(g, n, 1, scales, scales)
+                cost = demand.sensitivity * _distortion(g, n) * (1 - n / vectors)
+                found.append((spec.num_bytes(inputs, outputs, itemsize), cost, spec))
+    if not found:
+        raise ValueError(f"a matrix of {outputs} x {inputs} is too small to be clustered; leave it out.")
+    found.sort(key=lambda entry: (entry[0], entry[1]))
+    menu = found[:1]
+    for entry in found[1:]:
+        if entry[1] < menu[-1][1]:
+            menu.append(entry)
+    return menu
 
 
 def _distortion(g: int, n: int) -> float:

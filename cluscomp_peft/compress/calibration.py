@@ -1,4 +1,4 @@
-"""Text in, token windows and activation statistics out.
+"""Text in, token windows out.
 
 Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
 each also compressed with xz. They are tokenised, joined by the end-of-sequence token, and cut into windows that do not
@@ -14,12 +14,8 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import nn
-from tqdm.auto import tqdm
 
-from ..linear import is_dense_linear
-
-__all__ = ["input_second_moments", "read_documents", "token_windows"]
+__all__ = ["read_documents", "token_windows"]
 
 
 def read_documents(path: str, tokenizer: Any = None) -> list[str]:
@@ -95,47 +91,6 @@ def token_windows(
     stream = torch.tensor(tokens, dtype=torch.int64)
     windows = [stream[start : start + length][None] for start in range(0, len(stream), length)]
     return [window for window in windows if window.shape[1] > 1]
-
-
-def input_second_moments(model: nn.Module, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """E[x_i²] of the inputs of every dense linear layer, fp32 [in], over all tokens of `windows`.
-
-    Raises:
-        ValueError: If there are no windows, or an activation is NaN or infinite.
-    """
-    if not windows:
-        raise ValueError("calibration needs at least one window of tokens, got none.")
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-    handles = []
-
-    def observe(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
-            sums[name] = sums.get(name, 0) + (x * x).sum(0)
-            counts[name] = counts.get(name, 0) + len(x)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if is_dense_linear(module):
-            handles.append(module.register_forward_pre_hook(observe(name)))
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            for window in tqdm(windows, desc="Calibrating", unit="window", disable=None):
-                model(input_ids=window.to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    moments = {name: (total / counts[name]).float() for name, total in sums.items()}
-    for name, moment in moments.items():
-        if not bool(torch.isfinite(moment).all()):
-            raise ValueError(
-                f"the inputs of {name} are NaN or infinite on the calibration text; the model overflows in "
-                f"{model.dtype}. Load it with dtype=torch.float32, or check the text."
-            )
-    return moments
 
 
 def _document(line: str, tokenizer: Any, where: str) -> str:

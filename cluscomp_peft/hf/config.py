@@ -66,8 +66,6 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
         if self.bits is None and self.group_size is None and self.num_clusters is None:
             self.bits = 4.0
         check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.quality)
-        # E[x_i²] of each layer's inputs by layer name, for clustering only; never saved.
-        self._importance: dict[str, torch.Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:

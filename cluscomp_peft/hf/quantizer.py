@@ -24,14 +24,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.allocation import choose_spec
 from ..compress.cluster import cluster_linear
+from ..compress.pipeline import TOGETHER
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from .config import ClusCompQuantizationConfig
 
 __all__ = ["ClusCompHfQuantizer"]
-
-_TOGETHER = 1 << 26  # weights that are clustered at once; each takes some 30 bytes meanwhile
 
 
 class ClusCompHfQuantizer(HfQuantizer):
@@ -129,7 +128,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         assert self._pool is not None
         weight = weight_of(dense)
         cores = torch.get_num_threads() if weight.device.type == "cpu" else 1
-        together = max(1, min(cores, _TOGETHER // max(1, weight.numel())))
+        together = max(1, min(cores, TOGETHER // max(1, weight.numel())))
         self._collect(model, together - 1)
         self._jobs.append((name, dense, self._pool.submit(self._cluster, name, dense, cores // together)))
 
@@ -141,7 +140,6 @@ class ClusCompHfQuantizer(HfQuantizer):
             dense,
             self._specs[name],
             codebook_dtype=config.dtype,
-            importance=config._importance.get(name),
             quality=config.quality,
             seed=config.seed,
             threads=threads,
@@ -240,12 +238,11 @@ class ClusterOnLoad(ConversionOps):
         return {}
 
 
-def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
-    """Which layers of a dense model to cluster, and how: layer name to spec.
+def chosen_layers(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, nn.Module]:
+    """Which layers of a dense model to cluster.
 
     Raises:
-        ValueError: If no layer matches, a name in `target_modules` matches none, experts are fused, or a matrix does
-            not fit the settings.
+        ValueError: If no layer matches, a name in `target_modules` matches none, or experts are fused.
     """
     layers = dict(dense_linears(model))
     if config.target_modules is None:
@@ -262,9 +259,18 @@ def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[s
     chosen = [name for name in chosen if not _matches(name, config.exclude_modules or [])]
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no linear layer left to cluster; check exclude_modules.")
+    return {name: layers[name] for name in chosen}
+
+
+def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
+    """How each layer of [`chosen_layers`] is stored, whatever the others take.
+
+    Raises:
+        ValueError: If a matrix does not fit the settings.
+    """
     specs = {}
-    for name in chosen:
-        out_features, in_features = weight_of(layers[name]).shape
+    for name, layer in chosen_layers(model, config).items():
+        out_features, in_features = weight_of(layer).shape
         specs[name] = choose_spec(
             in_features,
             out_features,

@@ -1,0 +1,430 @@
+"""Making compressed checkpoints: what `cluscomp compress` does.
+
+Work goes on in a hidden folder beside its place, which is renamed when it is whole: nothing that loads is ever half
+written. A run that was killed or failed leaves that folder, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from .._version import __version__
+from ..codes import ClusterSpec
+from ..compress.allocation import Demand, allocate
+from ..compress.block import BlockSettings
+from ..compress.blocks import BlockModel
+from ..compress.calibration import read_documents, token_windows
+from ..compress.journal import Journal, replace_file
+from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
+from ..compress.sensitivity import measure_sensitivity
+from ..compress.source import DenseCheckpoint
+from ..layout import summarize
+from ..linear import weight_of
+from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
+from .config import ClusCompQuantizationConfig
+from .quantizer import choose_specs, chosen_layers
+from .report_page import render_report
+
+__all__ = ["compress_checkpoint", "write_page"]
+
+PAGE_NAME = "report.html"
+_SENSITIVITY_TOKENS = 16384
+_ONE_NAME = "model.safetensors"
+_ONE_FILE = 1 << 26  # bytes of weights up to which shards are joined in the end
+_MARGIN = 4096  # bytes of a size budget that stay free for what is written last
+
+
+def compress_checkpoint(
+    source: str,
+    target: str,
+    config: ClusCompQuantizationConfig,
+    *,
+    size: int | None = None,
+    calibration: str | None = None,
+    samples: int = 128,
+    seqlen: int | None = None,
+    feedback: bool = True,
+    epochs: int = 8,
+    learning_rate: float = 0.003,
+    dtype: str = "auto",
+    device: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Clusters a dense causal language model and writes a checkpoint that `from_pretrained` loads.
+
+    One block at a time is in memory, with calibration also its activations; without, as many matrices as are clustered
+    at once. The same call goes on where an earlier one ended, and ends with the same bytes.
+
+    Args:
+        source (`str`): Folder or hub id of the dense model.
+        target (`str`): Folder to create.
+        config ([`ClusCompQuantizationConfig`]): Bits and settings. With calibration or `size`, `bits` holds for all
+            matrices together, and each gets what lowers the loss most.
+        size (`int`, *optional*): Bytes that the whole folder may take, instead of bits.
+        calibration (`str`, *optional*): Text file to compress by: sensitivities, error feedback, reconstruction.
+        samples (`int`): Sequences to take from it.
+        seqlen (`int`, *optional*): Tokens of a sequence; 2048, or what the model takes.
+        feedback (`bool`): Error feedback.
+        epochs (`int`): Of reconstruction, 0 for none.
+        learning_rate (`float`): Of reconstruction, in units of the RMS of what it trains.
+        dtype (`str`): Of everything that stays dense; "auto" keeps the checkpoint's.
+        device (`str`, *optional*): Where blocks run; a GPU if there is one.
+        overwrite (`bool`): Replace `target` if it exists, and forget an unfinished run with other settings.
+
+    Returns:
+        `dict`: true_bits, relative_error, bytes, seconds, matrices, losses, and more that the report holds.
+
+    Raises:
+        ValueError: If `target` exists, `source` is compressed already, another run is at work, or model, text and
+            settings do not fit.
+    """
+    started = time.perf_counter()
+    check_folder(source)
+    _check_target(source, target, overwrite)
+    model_config = AutoConfig.from_pretrained(source)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is quantised already; compress the dense model.")
+    tokenizer = _tokenizer(source)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config)
+    folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
+    dense = DenseCheckpoint(folder, model.base_model_prefix)
+    kept = _dtype(dtype, model_config, dense)
+    layers = chosen_layers(model, config)
+    settings = BlockSettings(
+        config.dtype, config.quality, config.seed, feedback, epochs, learning_rate, torch.get_num_threads()
+    )
+    given = None
+    if calibration is not None:
+        windows = _windows(model, tokenizer, source, calibration, samples, seqlen)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        given = Calibration(windows, settings, place)
+
+    parent, name = os.path.split(os.path.abspath(target))
+    os.makedirs(parent, exist_ok=True)
+    work = os.path.join(parent, f".{name}.partial")
+    job = {
+        "source": dense.state(),
+        "config": config.to_dict(),
+        "size": size,
+        "dtype": str(kept),
+        "calibration": None if given is None else hashlib.sha256(given.windows.numpy().tobytes()).hexdigest(),
+        "sequences": None if given is None else list(given.windows.shape),
+        "settings": str(settings) if given is not None else None,
+        "version": __version__,
+    }
+    if overwrite and not _belongs(work, job):
+        shutil.rmtree(work, ignore_errors=True)
+    journal = Journal(work, job)
+    try:
+        if journal.content.get("done"):
+            print(f"{target}: going on where an earlier run ended", file=sys.stderr)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        specs = _specs(model, layers, config, dense, kept, journal, given, size)
+        result = compress_shards(model, dense, specs, journal, settings=settings, dtype=kept, calibration=given)
+        _join(work, result["shards"])
+        squares = [(entry["squared_error"], entry["squared_norm"]) for entry in result["matrices"].values()]
+        weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
+        summary = {
+            "source": source,
+            "bits": config.bits if size is None else None,
+            "size": size,
+            "true_bits": 8 * sum(entry["bytes"] for entry in result["matrices"].values()) / weights,
+            "relative_error": (sum(one for one, _ in squares) / max(sum(two for _, two in squares), 1e-30)) ** 0.5,
+            "bytes": weight_bytes(work),
+            "source_bytes": sum(map(dense.num_bytes, dense.shapes)),
+            "seconds": result["seconds"] + journal.content.get("measured", 0.0),
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "calibration": None if calibration is None else os.path.basename(calibration),
+            "sequences": None if given is None else given.windows.shape[0],
+            "tokens": None if given is None else given.windows.numel(),
+            "dtype": dtype,
+        }
+        model_config.dtype = kept
+        _finish(work, name, model, model_config, config, specs, result, summary)
+        _move(work, target, parent)
+    except BaseException as error:
+        journal.close()
+        # What is wrong with model, text or settings stays wrong; a full disk, a signal or a crash does not.
+        if isinstance(error, ValueError) or not journal.content.get("done"):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    journal.close()
+    return {
+        **summary,
+        "elapsed": time.perf_counter() - started,
+        "matrices": len(result["matrices"]),
+        "losses": result["losses"],
+    }
+
+
+def write_page(path: str, page: str) -> None:
+    """Writes the report of a compressed checkpoint as an HTML page with plots.
+
+    Raises:
+        ValueError: If the checkpoint has no report.
+    """
+    folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.json"])
+    report = read_report(folder)
+    if not report["matrices"]:
+        raise ValueError(f"{path} has no {REPORT_NAME}, which the page is drawn from; compress the model again.")
+    _write(page, render_report(os.path.basename(os.path.abspath(path)), report))
+
+
+def _specs(
+    model: Any,
+    layers: dict[str, Any],
+    config: ClusCompQuantizationConfig,
+    dense: DenseCheckpoint,
+    dtype: torch.dtype,
+    journal: Journal,
+    given: Calibration | None,
+    size: int | None,
+) -> dict[str, ClusterSpec]:
+    """How every matrix is stored: what an earlier run chose, what the settings say, or the best allocation."""
+    if "specs" in journal.content:
+        return {name: ClusterSpec(**fields) for name, fields in journal.content["specs"].items()}
+    started = time.perf_counter()
+    if size is None and (given is None or config.group_size is not None):
+        specs = choose_specs(model, config)
+    else:
+        shapes = {name: tuple(weight_of(layer).shape) for name, layer in layers.items()}
+        weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
+        sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
+        if given is not None:
+            count, batches = 0, []
+            for batch in given.batches:
+                batches.append(batch)
+                count += batch.numel()
+                if count >= _SENSITIVITY_TOKENS:
+                    break
+            dtype_there = torch.float32 if given.device.type == "cpu" else dtype
+            measured = measure_sensitivity(BlockModel(model, dense, dtype_there, given.device), batches)
+            least = min(value for value in measured.values()) if measured else 1.0
+            sensitivity = {name: measured.get(name, least) for name in layers}
+        demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
+        if size is not None:
+            budget = size - _other_bytes(model, layers, dense, dtype, journal.folder)
+        else:
+            assert config.bits is not None
+            budget = int(config.bits * sum(weights.values()) / 8)
+        specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
+    journal.commit(
+        specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started
+    )
+    return specs
+
+
+def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
+    """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
+    clustered = {dense.key(f"{name}.weight") for name in layers}
+    total = 0
+    for key, shape in dense.shapes.items():
+        itemsize = dtype.itemsize if dense.dtypes[key].is_floating_point else dense.dtypes[key].itemsize
+        total += 0 if key in clustered else math.prod(shape) * itemsize
+    total += sum(entry.stat().st_size for entry in os.scandir(work) if entry.name not in ("journal.json", "lock"))
+    entry = {
+        "shape": [65536, 65536],
+        "spec": {"group_size": 16, "num_clusters": 65536, "scale_in": True, "scale_out": True},
+        "bytes": 10**9, "true_bits": 1 / 3, "relative_error": 1 / 3, "squared_error": 1 / 3, "squared_norm": 1 / 3,
+        "output_error": {"clustered": 1 / 3, "feedback": 1 / 3},
+    }  # fmt: skip
+    report = {"summary": {"true_bits": 1 / 3}, "matrices": dict.fromkeys(layers, entry)}
+    # Headers of safetensors name each tensor once, the index again.
+    names = sum(len(key) + 130 for key in dense.shapes) + sum(3 * len(name) + 700 for name in layers)
+    return total + names + len(json.dumps(report, indent=1)) + len(render_report("x", report)) + 3 * _MARGIN
+
+
+def _finish(
+    work: str,
+    name: str,
+    model: Any,
+    model_config: Any,
+    config: ClusCompQuantizationConfig,
+    specs: dict[str, ClusterSpec],
+    result: dict[str, Any],
+    summary: dict[str, Any],
+) -> None:
+    """Everything but the shards: index, configs, report, page and card."""
+    config.layout = summarize(specs, [name for name, _ in model.named_modules()])
+    config.fingerprint = fingerprint_of(result["fingerprints"], model)
+    model_config.quantization_config = config.to_dict()
+    model_config.architectures = [type(model).__name__]
+    model_config.save_pretrained(work)
+    try:
+        GenerationConfig.from_pretrained(summary["source"]).save_pretrained(work)
+    except (OSError, ValueError):
+        model.generation_config.save_pretrained(work)
+    shards = result["shards"]
+    places = {key: shard for shard, keys in shards.items() for key in keys}
+    total = sum(map(sum, (keys.values() for keys in shards.values())))
+    report = {key: result[key] for key in ("matrices", "blocks", "losses")}
+    for entry in report["matrices"].values():
+        del entry["squared_error"], entry["squared_norm"]
+    report = {"summary": summary, **report}
+    texts = {
+        REPORT_NAME: json.dumps(report, indent=1),
+        PAGE_NAME: render_report(name, report),
+        "README.md": _model_card(name, summary, len(report["matrices"]), report["losses"]),
+    }
+    if not os.path.exists(os.path.join(work, _ONE_NAME)):
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        texts["model.safetensors.index.json"] = json.dumps(index, indent=1)
+    for file_name, text in texts.items():
+        _write(os.path.join(work, file_name), text)
+
+
+def _join(work: str, shards: dict[str, dict[str, int]]) -> None:
+    """One file of the shards of a small model."""
+    if sum(map(sum, (keys.values() for keys in shards.values()))) > _ONE_FILE:
+        return
+    whole = os.path.join(work, _ONE_NAME)
+    if not os.path.exists(whole):
+        tensors = {}
+        for shard in shards:
+            tensors.update(load_file(os.path.join(work, shard)))
+        replace_file(whole, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    for shard in shards:
+        if os.path.exists(os.path.join(work, shard)):
+            os.remove(os.path.join(work, shard))
+
+
+def _write(path: str, text: str) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    replace_file(path, write)
+
+
+def _move(work: str, target: str, parent: str) -> None:
+    """The working folder, without what only a run needs, becomes the target."""
+    os.chmod(work, 0o755)
+    for entry in list(os.scandir(work)):
+        if entry.name in ("journal.json", "lock") or entry.name.startswith(("dense.", "compressed.")):
+            os.remove(entry.path)
+    if os.path.isdir(target):
+        # Set aside first: at no moment is there neither the old checkpoint nor the new one.
+        old = tempfile.mkdtemp(prefix=".old.", dir=parent)
+        os.rename(target, os.path.join(old, "checkpoint"))
+        os.rename(work, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(work, target)
+
+
+def _belongs(work: str, job: dict[str, Any]) -> bool:
+    """Whether an unfinished run in the folder is this one."""
+    try:
+        with open(os.path.join(work, "journal.json"), encoding="utf-8") as file:
+            return json.load(file)["settings"] == json.loads(json.dumps(job))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _windows(model: Any, tokenizer: Any, source: str, path: str, samples: int, seqlen: int | None) -> torch.Tensor:
+    """Calibration tokens [sequences, length]."""
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration.")
+    if samples < 1:
+        raise ValueError(f"calibration needs at least one sample, got {samples}.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = min(2048, limit or 2048) if seqlen is None else seqlen
+    if limit is not None and length > limit:
+        raise ValueError(f"--seqlen {length} is more than the {limit} positions of the model; give at most {limit}.")
+    documents = read_documents(path, tokenizer)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    windows = token_windows(documents, tokenizer, length, max_tokens=samples * length, vocab_size=vocabulary)
+    whole = [window for window in windows if window.shape[1] == length]
+    if not whole:
+        raise ValueError(
+            f"{path} has {windows[0].shape[1]} tokens, fewer than one calibration sequence of {length}; give more "
+            "text, or a smaller --seqlen."
+        )
+    return torch.cat(whole)
+
+
+def _dtype(dtype: str, model_config: Any, dense: DenseCheckpoint) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    named = getattr(model_config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    sizes: dict[torch.dtype, int] = {}
+    for key, kind in dense.dtypes.items():
+        if kind.is_floating_point:
+            sizes[kind] = sizes.get(kind, 0) + dense.num_bytes(key)
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def _check_target(source: str, target: str, overwrite: bool) -> None:
+    if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
+        return
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ValueError(f"{target} is the dense model itself; choose another folder.")
+    if not overwrite:
+        raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
+    if not os.path.isfile(os.path.join(target, "config.json")):
+        raise ValueError(f"{target} holds something that is no model, which --overwrite does not touch; remove it.")
+
+
+def _tokenizer(source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # a model of token ids alone; only calibration text would need one
+
+
+def _model_card(name: str, summary: dict[str, Any], matrices: int, losses: dict[str, float]) -> str:
+    calibration = summary["calibration"] or "none"
+    measured = "no task was measured"
+    if losses:
+        measured = (
+            f"on held-out calibration text, the loss is {losses['compressed']:.4f} nats per token, that of the dense "
+            f"model {losses['dense']:.4f}; no task was measured"
+        )
+    return f"""---
+library_name: transformers
+tags:
+- cluscomp
+base_model: {summary["source"]}
+---
+# {name}
+
+`{summary["source"]}`, compressed with ClusComp: {matrices} weight matrices are stored as integer codes and codebooks.
+
+| true bits per weight | relative error of the weights | weight files | calibration text |
+|---|---|---|---|
+| {summary["true_bits"]:.3f} | {summary["relative_error"]:.4f} | {summary["bytes"] / 1e6:.1f} MB | {calibration} |
+
+True bits count codes, codebooks and scales of the clustered matrices. The relative error is ‖W − Ŵ‖ / ‖W‖ over all of
+them; {measured}.
+
+```python
+import cluscomp_peft  # registers the format; without it transformers loads random weights
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+model = get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM"))  # to finetune the codebooks
+```
+
+Method: ClusComp, Liao et al., "ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning", Findings
+of ACL 2025, arXiv:2503.13089.
+"""
