@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_peft.codes import ClusterSpec, num_groups
-from cluscomp_peft.compress.allocation import CODEBOOK_DTYPES, check_settings, choose_spec
+from cluscomp_peft.compress.allocation import CODEBOOK_DTYPES, Demand, _menu, allocate, check_settings, choose_spec
 
 pure = settings(deadline=None, max_examples=150, derandomize=True)
 widths = st.one_of(st.integers(1, 40), st.integers(41, 6000))
@@ -140,3 +140,46 @@ def test_bad_settings_are_refused(changes, message):
 )
 def test_good_settings_pass(bits, group_size, num_clusters, dtype):
     assert check_settings(bits, group_size, num_clusters, dtype, "best") is None
+
+
+# -- allocate
+
+
+DEMANDS = {
+    "attention": Demand(128, 128, 1.0),
+    "small": Demand(128, 64, 1.0),
+    "wide": Demand(128, 384, 1.0),
+}
+
+
+def spent(specs, demands=DEMANDS):
+    return sum(spec.num_bytes(demands[n].in_features, demands[n].out_features) for n, spec in specs.items())
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.7, 2.5, 3.1, 4.3, 6.0])
+def test_a_budget_is_never_exceeded_and_nearly_used(bits):
+    budget = int(bits * sum(d.in_features * d.out_features for d in DEMANDS.values()) / 8)
+    total = spent(allocate(DEMANDS, budget))
+    assert 0.97 * budget <= total <= budget
+
+
+def test_sensitive_matrices_get_more():
+    demands = {**DEMANDS, "twin": Demand(128, 128, 30.0)}
+    specs = allocate(demands, 22000)
+    bits = {n: s.true_bits(demands[n].in_features, demands[n].out_features) for n, s in specs.items()}
+    assert bits["twin"] > bits["attention"] + 1
+
+
+def test_more_bytes_never_cost_loss():
+    # Expected loss as the law has it falls with the budget.
+    losses = []
+    for budget in range(9000, 40000, 3000):
+        specs = allocate(DEMANDS, budget)
+        menus = {n: {spec: cost for _, cost, spec in _menu(d, None, 2)} for n, d in DEMANDS.items()}
+        losses.append(sum(menus[n][spec] for n, spec in specs.items()))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_budget_below_everything_is_refused():
+    with pytest.raises(ValueError, match="the budget is 100; raise it"):
+        allocate(DEMANDS, 100)

@@ -168,3 +168,30 @@ def test_too_little_text_and_too_short_windows_are_refused(tokenizer):
         token_windows(["w1 w2"], tokenizer, 4, max_tokens=1)
     with pytest.raises(ValueError, match="seqlen=1"):
         token_windows(["w1 w2 w3"], tokenizer, 1)
+
+
+# -- hub ids
+
+
+def test_a_hub_id_is_read_as_a_stream(monkeypatch, tokenizer):
+    asked = {}
+
+    def load_dataset(name, config, split, streaming):
+        asked.update(name=name, config=config, split=split, streaming=streaming)
+        return iter([{"text": "one"}, {"prompt": "two ", "completion": "three"}, {"text": " "}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_documents("owner/words:small", tokenizer) == ["one", "two three"]
+    assert asked == {"name": "owner/words", "config": "small", "split": "train", "streaming": True}
+
+
+def test_a_hub_row_without_text_is_named(monkeypatch, tokenizer):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter([{"text": "one"}, {"label": 3}]))
+    with pytest.raises(ValueError, match="owner/words, row 2 has none of"):
+        read_documents("owner/words", tokenizer)
+
+
+@pytest.mark.parametrize("path", ["absent.txt", "folder/absent.jsonl", "a/b/c", "/a/b"])
+def test_a_missing_file_is_not_taken_for_a_hub_id(path, tokenizer):
+    with pytest.raises(ValueError, match="is not a file"):
+        read_documents(path, tokenizer)

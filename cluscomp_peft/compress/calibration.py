@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 from typing import Any
 
 import torch
@@ -17,20 +18,25 @@ from jinja2 import TemplateError
 
 __all__ = ["read_documents", "token_windows"]
 
+_SUFFIXES = (".jsonl", ".json", ".txt", ".xz")
+_HUB_CHARACTERS = 20_000_000  # of a hub data set: ten times what 128 sequences of 2048 tokens take
+
 
 def read_documents(path: str, tokenizer: Any = None) -> list[str]:
-    """The documents of a text file.
+    """The documents of a text file, or of a data set on the hub.
 
     Args:
         path (`str`): `.jsonl` or `.json` (a row a line) or any other name for plain text, one document; `.xz` may
-            follow.
+            follow. Or a hub id, owner/name, also with a configuration, owner/name:config: its training split.
         tokenizer (*optional*): Its chat template renders `messages`.
 
     Raises:
         ValueError: If the file is missing, cut off or empty, or a row has none of the known fields.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file; give a .jsonl or .txt file, also compressed with .xz.")
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not path.endswith(_SUFFIXES):
+            return _hub_documents(path, tokenizer)
+        raise ValueError(f"{path} is not a file; give a .jsonl or .txt file, also compressed with .xz, or a hub id.")
     opener = lzma.open if path.endswith(".xz") else open
     name = path.removesuffix(".xz")
     try:
@@ -39,9 +45,7 @@ def read_documents(path: str, tokenizer: Any = None) -> list[str]:
                 documents = [file.read()]
             else:
                 documents = [
-                    _document(line, tokenizer, f"{path}:{number}")
-                    for number, line in enumerate(file, 1)
-                    if line.strip()
+                    _parse(line, tokenizer, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()
                 ]
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it is damaged, cut off or not UTF-8 text.") from error
@@ -93,11 +97,34 @@ def token_windows(
     return [window for window in windows if window.shape[1] > 1]
 
 
-def _document(line: str, tokenizer: Any, where: str) -> str:
+def _hub_documents(path: str, tokenizer: Any) -> list[str]:
+    """Documents of a hub data set, read as a stream up to `_HUB_CHARACTERS`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{path} is on the hub, which needs the package datasets: pip install datasets") from error
+    name, _, config = path.partition(":")
+    documents: list[str] = []
+    size = 0
+    for number, row in enumerate(load_dataset(name, config or None, split="train", streaming=True), 1):
+        documents.append(_document(row, tokenizer, f"{path}, row {number}"))
+        size += len(documents[-1])
+        if size > _HUB_CHARACTERS:
+            break
+    if not size:
+        raise ValueError(f"{path} holds no text.")
+    return [document for document in documents if document.strip()]
+
+
+def _parse(line: str, tokenizer: Any, where: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON ({error}).") from error
+    return _document(row, tokenizer, where)
+
+
+def _document(row: Any, tokenizer: Any, where: str) -> str:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
