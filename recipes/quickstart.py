@@ -2,7 +2,7 @@
 
     python recipes/quickstart.py [--output_dir DIR] [--bits B]
 
-1. A Llama of 0.9 M parameters learns by heart, in about a minute, who lives where, eats what, does what in a made-up
+1. A Llama of 0.6 M parameters learns by heart, in about a minute, who lives where, eats what, does what in a made-up
    country ("tulon lives in bera .", "the food of tulon is plum .").
 2. `cluscomp compress`, here in Python: its weights become codes and codebooks.
 3. TRL's SFTTrainer finetunes the codebooks to answer questions ("where does tulon live ?"), which no text so far held,
