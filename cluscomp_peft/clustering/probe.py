@@ -30,7 +30,7 @@ def probe_cells(x, centers, radii, bounds, places, names, codes):
             for k in range(cells):
                 step = value - row[k]
                 away[k] += step * step
-        first = np.argmin(away)
+        first = int(np.argmin(away))
         best, found, root = np.float32(np.inf), 0, np.float32(0)
         for turn in range(-1, cells):
             k = first if turn < 0 else turn

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ __all__ = ["Nearest"]
 _LARGE = 1024  # centroids from which cells pay
 _CELLS = 4  # times √n
 _PRODUCTS = 1 << 24  # numbers of one product
+_PART = 64  # vectors below which a thread of their own does not pay
 
 
 class Nearest:
@@ -30,7 +32,7 @@ class Nearest:
     def __init__(self, centroids: torch.Tensor, threads: int | None = None) -> None:
         self.centroids, self.dim = centroids, centroids.shape[1]
         self._threads = threads or torch.get_num_threads()
-        self._cells = None
+        self._cells: tuple[np.ndarray, ...] = ()
         if centroids.device.type == "cpu" and len(centroids) >= _LARGE and find_spec("numba") is not None:
             self._cells = _cells(centroids)
             return
@@ -38,7 +40,7 @@ class Nearest:
         self._transposed = centroids.t().contiguous()
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        if self._cells is not None:
+        if self._cells:
             return self._probe(vectors)
         rows = max(1, _PRODUCTS // len(self.centroids))
         parts = [torch.addmm(self._half, part, self._transposed, alpha=-1).argmin(1) for part in vectors.split(rows)]
@@ -47,14 +49,15 @@ class Nearest:
     def _probe(self, vectors: torch.Tensor) -> torch.Tensor:
         from .probe import probe_cells
 
+        probe: Any = probe_cells  # what numba makes of it has no signature
         x, codes = vectors.contiguous().numpy(), np.empty(len(vectors), np.int64)
-        size = -(-len(x) // self._threads)
+        size = max(_PART, -(-len(x) // self._threads))
         parts = [slice(first, first + size) for first in range(0, len(x), size)]
-        if len(parts) == 1:
-            probe_cells(x, *self._cells, codes)
+        if len(parts) <= 1:
+            probe(x, *self._cells, codes)
         else:
             with ThreadPoolExecutor(len(parts)) as pool:
-                list(pool.map(lambda part: probe_cells(x[part], *self._cells, codes[part]), parts))
+                list(pool.map(lambda part: probe(x[part], *self._cells, codes[part]), parts))
         return torch.from_numpy(codes)
 
 

@@ -83,7 +83,7 @@ def compress_block(
     targets: Sequence[torch.Tensor],
     held_out: int,
     settings: BlockSettings,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> tuple[dict[str, ClusteredLinear], dict[str, Any]]:
     """Clusters the layers of block `index`, which is loaded, and leaves them in it.
 
@@ -92,7 +92,8 @@ def compress_block(
         specs: Full layer name to spec, of the layers of this block.
         dense, compressed: Inputs of the block in the dense model, and after the compressed blocks before it.
         targets: Outputs of the dense block for `dense`.
-        held_out (`int`): The last so many batches judge reconstruction.
+        held_out (`int`): The last so many batches judge reconstruction; where there are more, neither codes nor
+            codebooks see them.
         settings ([`BlockSettings`]): How.
         progress: Called with the number of weights of every layer that is clustered.
 
@@ -107,25 +108,26 @@ def compress_block(
     done: dict[str, ClusteredLinear] = {}
     matrices: dict[str, dict[str, Any]] = {}
     for names in _groups(model, index, originals, dense[0]):
-        moments = _observe(model, index, names, originals, done, dense, compressed)
+        moments = _observe(model, index, names, originals, done, dense, compressed, max(1, len(dense) - held_out))
         for name in names:
-            layer, matrices[name] = _cluster(name, originals[name], specs[name], moments.pop(name), settings)
-            done[name] = layer
+            done[name], matrices[name] = _cluster(name, originals[name], specs[name], moments, settings)
             progress(weight_of(originals[name]).numel())
     _install(model, done)
-    layers = list(done.values())
     epochs = settings.epochs if len(compressed) > held_out else 0
-    with torch.enable_grad():
-        result = reconstruct(
-            lambda hidden: model.run(index, hidden),
-            layers,
-            compressed,
-            targets,
-            held_out=held_out,
-            epochs=epochs,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed + index,
-        )
+    try:
+        with torch.enable_grad():
+            result = reconstruct(
+                lambda hidden: model.run(index, hidden),
+                list(done.values()),
+                compressed,
+                targets,
+                held_out=held_out,
+                epochs=epochs,
+                learning_rate=settings.learning_rate,
+                seed=settings.seed + index,
+            )
+    except ValueError as error:
+        raise ValueError(f"{model.name(index)}: {error}") from error
     return done, {
         "matrices": matrices,
         "error_before": result.before,
@@ -149,9 +151,11 @@ def _groups(model: BlockModel, index: int, layers: dict[str, nn.Module], example
         layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, layer in layers.items()
     ]
-    model.run(index, example.to(model.device))
-    for handle in handles:
-        handle.remove()
+    try:
+        model.run(index, example.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
     called = {name for names in groups.values() for name in names}
     return [*groups.values(), *([name] for name in layers if name not in called)]
 
@@ -164,41 +168,37 @@ def _observe(
     done: dict[str, ClusteredLinear],
     dense: Sequence[torch.Tensor],
     compressed: Sequence[torch.Tensor],
-) -> dict[str, _Moments]:
-    """Moments of the inputs of `names`; the layers of a group share one, being given the same input."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    layers = [originals[name] for name in names[:1]]
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args: seen.setdefault("x", []).append(args[0].detach().flatten(0, -2).float())
-        )
-        for layer in layers
-    ]
+    batches: int,
+) -> _Moments:
+    """Moments of the input that all layers of a group are given, over the first so many batches."""
+    seen: list[torch.Tensor] = []
+    handle = originals[names[0]].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().flatten(0, -2).float())
+    )
     moments = _Moments()
 
     def inputs(hidden: torch.Tensor) -> torch.Tensor | None:
         seen.clear()
         model.run(index, hidden.to(model.device))
-        return torch.cat(seen["x"]) if seen else None
+        return torch.cat(seen) if seen else None
 
     try:
-        for one, other in zip(dense, compressed, strict=True):
+        for batch in range(batches):
             _install(model, originals)
-            before = inputs(one)
+            before = inputs(dense[batch])
             _install(model, done)
-            after = inputs(other)
+            after = inputs(compressed[batch])
             if before is not None and after is not None:
                 moments.add(before, after)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
         _install(model, originals)
     if moments.hessian is not None and not bool(torch.isfinite(moments.hessian).all()):
         raise ValueError(
-            f"the inputs of {names[0]} are NaN or infinite on the calibration text; load the model with --dtype "
-            "float32, or calibrate on other text."
+            f"the inputs of {names[0]} are NaN or infinite on the calibration text: the model's weights are damaged, "
+            "or its dtype is too narrow for it. Compress it with --dtype float32, or calibrate on other text."
         )
-    return dict.fromkeys(names, moments)
+    return moments
 
 
 def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:

@@ -12,7 +12,7 @@ embeddings, masks of sliding windows, embedding scales and softcaps are whatever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class BlockModel:
         self.prefix, self.blocks = found
         self.model, self.source, self.dtype, self.device = model.eval(), source, dtype, device
         self._calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in self.blocks]
-        self._tuples = [False] * len(self.blocks)
+        self._tuple = False  # blocks return a tuple
         self._outside()
 
     def __len__(self) -> int:
@@ -108,12 +108,12 @@ class BlockModel:
         block = self.blocks[index]
         modules = dict(block.named_modules())
         kept = {name: dict(module._parameters) for name, module in modules.items()}
-        for name, module in modules.items():
-            for key, parameter in kept[name].items():
-                if parameter is not None:
-                    full = f"{self.name(index)}.{name}.{key}" if name else f"{self.name(index)}.{key}"
-                    module._parameters[key] = self._read(full, parameter)
         try:
+            for name, module in modules.items():
+                for key, parameter in kept[name].items():
+                    if parameter is not None:
+                        full = f"{self.name(index)}.{name}.{key}" if name else f"{self.name(index)}.{key}"
+                        module._parameters[key] = self._read(full, parameter)
             yield block
         finally:
             for name, module in modules.items():
@@ -123,11 +123,25 @@ class BlockModel:
 
     def stem(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first block is given for tokens [batch, length]: [batch, length, hidden]."""
+        # Blocks return their output, or a tuple with it; only what the model makes of it tells.
+        for self._tuple in (False, True):
+            first = self._first_input(tokens)
+            if first is not None:
+                return first.to(self.dtype)
+        raise ValueError(
+            f"{type(self.model).__name__} does something between its blocks, or does not call them in turn, so "
+            "calibration cannot go block by block; compress it without --calibration."
+        )
+
+    def _first_input(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What the first block is given; None if the others are not given what the one before them returned."""
         seen: list[torch.Tensor] = []
         batch = len(tokens)
 
         def note(index: int, args: tuple, kwargs: dict) -> Any:
             values = args[0] if args else kwargs.pop("hidden_states")
+            if index != len(seen) or (seen and values is not seen[0] and not _same(values, seen[0])):
+                raise _Unlike
             seen.append(values)
             call = (args[1:], kwargs)
             known = self._calls[index].setdefault(batch, call)
@@ -138,15 +152,19 @@ class BlockModel:
                 )
             if index == len(self.blocks) - 1:
                 raise _Done
-            return values
+            return (values,) if self._tuple else values
 
-        with suppress(_Done):
+        try:
             self._muted(tokens, note)
-        return seen[0].to(self.dtype)
+        except _Done:
+            return seen[0]
+        except _Unlike:
+            pass
+        return None
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocabulary] where the last block returns `hidden`; every block has run before."""
-        return self._muted(tokens, lambda index, *_: (hidden,) if self._tuples[index] else hidden)
+        return self._muted(tokens, lambda *_: (hidden,) if self._tuple else hidden)
 
     def _muted(self, tokens: torch.Tensor, answer: Callable[[int, tuple, dict], Any]) -> torch.Tensor:
         own = [block.__dict__.get("forward") for block in self.blocks]
@@ -164,7 +182,7 @@ class BlockModel:
         """The output of block `index`, which is loaded, for its input `hidden`."""
         args, kwargs = self._calls[index][len(hidden)]
         output = self.blocks[index](hidden, *args, **kwargs)
-        self._tuples[index] = isinstance(output, tuple)
+        self._tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -172,9 +190,17 @@ class _Done(Exception):
     """Every block has been called."""
 
 
+class _Unlike(Exception):
+    """A block was given something else than what the one before it returned."""
+
+
+def _same(one: Any, other: torch.Tensor) -> bool:
+    return isinstance(one, torch.Tensor) and torch.equal(one, other)
+
+
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(other, torch.Tensor):
+        return _same(one, other)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict):

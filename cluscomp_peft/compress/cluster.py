@@ -89,6 +89,7 @@ def cluster_codes(
         importance = importance.clamp_min(1e-4 * float(importance.mean()))
         channel = importance if channel is None else channel * importance
     in_features, groups = vectors.shape[:2]
+    del weight  # K-means is where memory peaks
     codebook, codes, _ = kmeans(
         vectors.reshape(-1, spec.group_size),
         spec.num_clusters,

@@ -11,7 +11,10 @@ the bytes of a run that was never disturbed: every step depends on settings, wei
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec, combine_fingerprints
-from ..linear import ClusteredLinear
+from ..linear import ClusteredLinear, weight_of
 from .block import BlockSettings, compress_block
 from .blocks import BlockModel, find_blocks
 from .cluster import cluster_codes
@@ -35,9 +38,11 @@ from .streams import Stream
 
 __all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
 
-TOGETHER = 1 << 26  # weights that are clustered at once; each takes some 30 bytes meanwhile
-_SHARD_BYTES = 1 << 28  # of tensors outside the blocks; one tensor may be larger
+TOGETHER = 1 << 23  # weights that are clustered at once; each takes some 30 bytes meanwhile
+_SHARD_BYTES = 1 << 26  # of tensors outside the blocks; one tensor may be larger
+_ROWS = 256  # that errors are measured of at a time
 _BATCH_TOKENS = 4096
+_BATCHES = 8  # at least, where there are as many sequences: one of them is held out
 
 
 @dataclass(frozen=True)
@@ -46,22 +51,30 @@ class Calibration:
 
     Args:
         windows (`torch.Tensor`): [sequences, length] int64.
-        settings ([`BlockSettings`]): How blocks are compressed.
         device (`torch.device`): Where.
     """
 
     windows: torch.Tensor
-    settings: BlockSettings
     device: torch.device
 
     @property
     def batches(self) -> list[torch.Tensor]:
-        return list(self.windows.split(max(1, _BATCH_TOKENS // self.windows.shape[1])))
+        sequences, length = self.windows.shape
+        return list(self.windows.split(max(1, min(_BATCH_TOKENS // length, sequences // _BATCHES))))
 
     @property
     def held_out(self) -> int:
-        """Batches that nothing is trained on: an eighth, one at least."""
+        """Batches at the end that nothing is fitted to, as long as there are more: an eighth, one at least."""
         return max(1, len(self.batches) // 8)
+
+    @property
+    def fitted(self) -> list[torch.Tensor]:
+        """The batches that codes and codebooks are fitted to."""
+        return self.batches[: max(1, len(self.batches) - self.held_out)]
+
+    def dtype(self, stored: torch.dtype) -> torch.dtype:
+        """To compute in: fp32 on CPUs, where half precision is slow and lacks operations."""
+        return torch.float32 if self.device.type == "cpu" else stored
 
 
 @dataclass(frozen=True)
@@ -97,23 +110,32 @@ def compress_shards(
         `dict`: shards (file name → keys with bytes), matrices, blocks, losses, stages (seconds), fingerprints.
     """
     keys = {name: _weight_key(source, name) for name in specs}
-    units = _units(model, source, keys)
+    units = _units(model, source)
+    empty = [unit for unit in units if not unit.keys]
+    if empty and calibration is not None:
+        raise ValueError(
+            f"{source.folder} has no weights of its own for {len(empty)} blocks, which share those of others; "
+            "compress it without --calibration."
+        )
+    units = [unit for unit in units if unit.keys]
     names = [f"model-{number + 1:05d}-of-{len(units):05d}.safetensors" for number in range(len(units))]
-    done: dict[str, Any] = journal.content.setdefault("done", {})
-    total = sum(torch.Size(source.shapes[key]).numel() for key in keys.values())
+    done: dict[str, Any] = journal.content.get("done", {})
+    weights = {name: math.prod(source.shapes[key]) for name, key in keys.items()}
+    found = find_blocks(model)
     blocks = None
-    if calibration is not None:
-        blocks = _Blocks(BlockModel(model, source, _compute_dtype(dtype, calibration.device), calibration.device))
+    if calibration is not None and "losses" not in journal.content:
+        blocks = _Blocks(BlockModel(model, source, calibration.dtype(dtype), calibration.device))
         blocks.open(journal, calibration)
-    with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
+    with tqdm(total=sum(weights.values()), desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
         for unit, name in zip(units, names, strict=True):
             own = {layer: specs[layer] for layer, key in keys.items() if key in unit.keys}
-            weights = sum(torch.Size(source.shapes[keys[layer]]).numel() for layer in own)
             if name in done:
-                bar.update(weights)
+                bar.update(sum(weights[layer] for layer in own))
                 continue
             started = time.perf_counter()
-            if unit.block is not None and blocks is not None and own:
+            report: dict[str, Any]
+            if unit.block is not None and blocks is not None:
+                # Also a block that stays dense: the next one needs what it hands on.
                 layers, report = blocks.compress(unit.block, own, settings, bar.update)
             else:
                 layers, report = _cluster_alone(model, source, own, keys, settings, bar.update), {}
@@ -123,18 +145,21 @@ def compress_shards(
             report["fingerprints"] = {layer: layers[layer].fingerprint() for layer in own}
             report["keys"] = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
             report["seconds"] = time.perf_counter() - started
-            report["block"] = None if unit.block is None else f"{find_blocks(model)[0]}.{unit.block}"  # type: ignore
+            report["block"] = None if unit.block is None or found is None else f"{found[0]}.{unit.block}"
             del tensors, layers
-            journal.commit(done={**done, name: report})
-            done = journal.content["done"]
-    if blocks is not None and "losses" not in journal.content:
+            done = {**done, name: report}
+            journal.commit(done=done)
+            _trim()
+    if blocks is not None:
         assert calibration is not None
-        journal.commit(losses=blocks.losses(calibration))
-    return _collected(names, done, journal)
+        # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
+        whole = all(name.startswith(f"{blocks.model.prefix}.") for name in specs)
+        held_out = len(calibration.fitted) < len(calibration.batches)
+        journal.commit(losses=blocks.losses(calibration) if whole and held_out else {})
+    return _collected([done[name] for name in names], names, journal)
 
 
-def _collected(names: list[str], done: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    reports = [done[name] for name in names]
+def _collected(reports: list[dict[str, Any]], names: list[str], journal: Journal) -> dict[str, Any]:
     matrices = {layer: entry for report in reports for layer, entry in report.get("matrices", {}).items()}
     fingerprints = {layer: digest for report in reports for layer, digest in report["fingerprints"].items()}
     blocks = {
@@ -172,22 +197,19 @@ class _Blocks:
         batches = calibration.batches
         self.held_out = calibration.held_out
         with torch.no_grad():
-            # Every batch passes the stem, also on resuming: it notes the arguments of the blocks.
+            # Also on resuming: the stem notes the arguments of the blocks, which differ by the size of a batch alone.
             example = self.model.stem(batches[0])
+            self.model.stem(batches[-1])
         shape = ([len(batch) for batch in batches], *example.shape[1:], self.model.dtype)
         self.dense, self.compressed = (
             [Stream(os.path.join(journal.folder, f"{name}.{turn}"), *shape) for turn in (0, 1)]
             for name in ("dense", "compressed")
         )
-        if "blocks_ready" in journal.content:
+        if "blocks_ready" not in journal.content:
             with torch.no_grad():
-                for batch in batches[-1:]:
-                    self.model.stem(batch)
-            return
-        with torch.no_grad():
-            for streams in (self.dense, self.compressed):
-                streams[0].write(self.model.stem(batch) for batch in batches)
-        journal.commit(blocks_ready=True)
+                for streams in (self.dense, self.compressed):
+                    streams[0].write(self.model.stem(batch) for batch in batches)
+            journal.commit(blocks_ready=True)
 
     def compress(
         self, index: int, specs: dict[str, ClusterSpec], settings: BlockSettings, progress: Callable[[int], object]
@@ -197,17 +219,20 @@ class _Blocks:
         model, device = self.model, self.model.device
         with torch.no_grad(), model.loaded(index):
             self.dense[then].write(model.run(index, part.to(device)) for part in self.dense[now])
-            layers, report = compress_block(
-                model,
-                index,
-                specs,
-                self.dense[now],
-                self.compressed[now],
-                self.dense[then],
-                self.held_out,
-                settings,
-                lambda weights: progress(weights) and None,
-            )
+            layers: dict[str, ClusteredLinear] = {}
+            report: dict[str, Any] = {}
+            if specs:
+                layers, report = compress_block(
+                    model,
+                    index,
+                    specs,
+                    self.dense[now],
+                    self.compressed[now],
+                    self.dense[then],
+                    self.held_out,
+                    settings,
+                    progress,
+                )
             self.compressed[then].write(model.run(index, part.to(device)) for part in self.compressed[now])
         return layers, report
 
@@ -216,7 +241,7 @@ class _Blocks:
         """Next-token loss in nats on the batches that are held out, of the dense and the compressed model."""
         turn, batches = len(self.model) % 2, calibration.batches
         result = {}
-        # The last block decides in which form the tail wants its output, and may not have run in this process.
+        # A single block decides in which form the tail wants its output, and may not have run in this process.
         with self.model.loaded(len(self.model) - 1):
             self.model.run(len(self.model) - 1, self.dense[turn][0].to(self.model.device))
         for name, stream in (("dense", self.dense[turn]), ("compressed", self.compressed[turn])):
@@ -227,6 +252,12 @@ class _Blocks:
                     total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
                     tokens += len(row) - 1
             result[name] = total / tokens
+            if not math.isfinite(result[name]):
+                raise ValueError(
+                    f"the loss of the {name} model is NaN or infinite on the calibration text: weights outside the "
+                    "blocks are damaged, or the dtype is too narrow. Compress it with --dtype float32, or calibrate "
+                    "on other text."
+                )
         return result
 
 
@@ -240,13 +271,13 @@ def _cluster_alone(
 ) -> dict[str, ClusteredLinear]:
     """Clusters matrices by themselves, as many at once as there are cores and `TOGETHER` allows."""
     cores = settings.threads or torch.get_num_threads()
-    largest = max((torch.Size(source.shapes[keys[name]]).numel() for name in specs), default=1)
+    largest = max((math.prod(source.shapes[keys[name]]) for name in specs), default=1)
     together = max(1, min(cores, len(specs), TOGETHER // largest))
 
     def work(name: str) -> ClusteredLinear:
-        weight = _oriented(model, name, source.read(keys[name]))
+        # Held by nobody here, so that it is gone once it is cut into vectors.
         packed, codebook, scale_in, scale_out = cluster_codes(
-            weight,
+            _oriented(model, name, source.read(keys[name])),
             specs[name],
             codebook_dtype=settings.codebook_dtype,
             quality=settings.quality,
@@ -254,9 +285,12 @@ def _cluster_alone(
             threads=max(1, cores // together),
             name=name,
         )
-        conv1d = isinstance(model.get_submodule(name), Conv1D)
-        layer = ClusteredLinear.from_parts(packed, codebook, scale_in, scale_out, None, len(weight), conv1d=conv1d)
-        progress(weight.numel())
+        dense = model.get_submodule(name)
+        out, inputs = weight_of(dense).shape
+        conv1d = isinstance(dense, Conv1D)
+        layer = ClusteredLinear.from_parts(packed, codebook, scale_in, scale_out, None, out, conv1d=conv1d)
+        progress(out * inputs)
+        _trim()
         return layer
 
     with ThreadPoolExecutor(together) as pool:
@@ -273,10 +307,13 @@ def _measure(
     """Adds shape, spec, bytes, true bits and relative error of every matrix."""
     matrices = report.setdefault("matrices", {})
     for name, layer in layers.items():
-        weight = _oriented(model, name, source.read(keys[name])).float().to(layer.codebook.device)
-        energy = float(weight.square().sum(dtype=torch.float64))
-        weight -= layer.decode(torch.float32)
-        error = float(weight.square_().sum(dtype=torch.float64))
+        weight = _oriented(model, name, source.read(keys[name]))
+        decoded = layer.decode(torch.float32).cpu()
+        energy = error = 0.0
+        for dense, stored in zip(weight.split(_ROWS), decoded.split(_ROWS), strict=True):
+            energy += float(dense.float().square().sum(dtype=torch.float64))
+            error += float((dense.float() - stored).square().sum(dtype=torch.float64))
+        del weight, decoded
         matrices.setdefault(name, {}).update(
             shape=[layer.out_features, layer.in_features],
             spec=layer.spec.to_dict(),
@@ -311,7 +348,7 @@ def _tensors(
     return tensors
 
 
-def _units(model: nn.Module, source: DenseCheckpoint, keys: dict[str, str]) -> list[_Unit]:
+def _units(model: nn.Module, source: DenseCheckpoint) -> list[_Unit]:
     """Blocks first, each a unit; then everything else, in pieces."""
     found = find_blocks(model)
     owners: dict[str, int] = {}
@@ -331,14 +368,14 @@ def _units(model: nn.Module, source: DenseCheckpoint, keys: dict[str, str]) -> l
             units[owners[key]].keys.append(key)
         else:
             rest.append(key)
-    size = 0
+    size = _SHARD_BYTES
     for key in rest:
-        if size == 0 or size + source.num_bytes(key) > _SHARD_BYTES:
+        if size + source.num_bytes(key) > _SHARD_BYTES:
             units.append(_Unit([], None))
             size = 0
         units[-1].keys.append(key)
         size += source.num_bytes(key)
-    return [unit for unit in units if unit.keys]
+    return units
 
 
 def _weight_key(source: DenseCheckpoint, name: str) -> str:
@@ -356,9 +393,12 @@ def _oriented(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor
     return weight.t() if isinstance(model.get_submodule(name), Conv1D) else weight
 
 
-def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """CPUs compute in fp32: half precision is slow there, and lacks operations."""
-    return torch.float32 if device.type == "cpu" else dtype
+def _trim() -> None:
+    """Gives the system what was freed: glibc keeps it, and matrices of many sizes leave holes that add up."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str:

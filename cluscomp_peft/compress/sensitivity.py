@@ -13,7 +13,8 @@ Inputs of all blocks are kept for the few sequences that this takes, then the bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,21 @@ from .blocks import BlockModel
 
 __all__ = ["measure_sensitivity"]
 
+_NOT_FINITE = (
+    "the dense model's {} is NaN or infinite on the calibration text: its weights are damaged, or its dtype is too "
+    "narrow for it. Compress it with --dtype float32, or calibrate on other text."
+)
 
-def measure_sensitivity(
-    model: BlockModel, windows: Sequence[torch.Tensor], progress: Callable[[], None] | None = None
-) -> dict[str, float]:
+
+def measure_sensitivity(model: BlockModel, windows: Sequence[torch.Tensor]) -> dict[str, float]:
     """Sensitivity in nats per token of every dense linear layer inside the blocks, by its name.
 
     Args:
         model ([`BlockModel`]): Dense.
         windows: Batches of tokens [batch, length].
-        progress: Called after each block, in both directions.
 
     Raises:
-        ValueError: If the loss is NaN or infinite.
+        ValueError: If the loss or its slope is NaN or infinite.
     """
     inputs: list[list[torch.Tensor]] = []
     with torch.no_grad():
@@ -45,8 +48,6 @@ def measure_sensitivity(
             inputs.append([part.cpu() for part in hidden])
             with model.loaded(index):
                 hidden = [model.run(index, part) for part in hidden]
-            if progress is not None:
-                progress()
     slopes = [_tail_slope(model, tokens, part) for tokens, part in zip(windows, hidden, strict=True)]
     result: dict[str, float] = {}
     for index in reversed(range(len(model))):
@@ -60,9 +61,9 @@ def measure_sensitivity(
                 assert part.grad is not None
                 slopes[number] = part.grad
             for name, value in pass_back.close().items():
+                if not math.isfinite(value):
+                    raise ValueError(_NOT_FINITE.format(f"slope at {model.name(index)}.{name}"))
                 result[f"{model.name(index)}.{name}"] = value
-        if progress is not None:
-            progress()
     return result
 
 
@@ -75,10 +76,7 @@ def _tail_slope(model: BlockModel, tokens: torch.Tensor, hidden: torch.Tensor) -
             logits = model.logits(tokens[row : row + 1], part)[:, :-1].flatten(0, 1).float()
             loss = F.cross_entropy(logits, tokens[row, 1:].to(logits.device), reduction="sum")
         if not bool(torch.isfinite(loss)):
-            raise ValueError(
-                "the dense model's loss is NaN or infinite on the calibration text; load it with --dtype float32, or "
-                "calibrate on other text."
-            )
+            raise ValueError(_NOT_FINITE.format("loss"))
         slopes.append(torch.autograd.grad(loss, part)[0])
     return torch.cat(slopes)
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 __all__ = ["DenseCheckpoint"]
 
-_INDEX = "model.safetensors.index.json"
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,10 +58,16 @@ class DenseCheckpoint:
                 raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
 
     def _paths(self) -> list[str]:
+        # In transformers' order: hubs hold the weights of some models a second time, under other names.
         index = os.path.join(self.folder, _INDEX)
-        if os.path.isfile(index):
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
+        if os.path.isfile(os.path.join(self.folder, _ONE_FILE)):
+            names = [_ONE_FILE]
+        elif os.path.isfile(index):
+            try:
+                with open(index, encoding="utf-8") as file:
+                    names = sorted(set(json.load(file)["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged ({error!r}); download the model again.") from error
         else:
             names = sorted(name for name in os.listdir(self.folder) if name.endswith(".safetensors"))
         missing = [name for name in names if not os.path.isfile(os.path.join(self.folder, name))]

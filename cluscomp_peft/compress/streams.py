@@ -7,7 +7,7 @@ no memory but the operating system's cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -33,18 +33,21 @@ class Stream(Sequence[torch.Tensor]):
         return len(self.batches)
 
     def __getitem__(self, index):  # type: ignore[override]
-        width = self._shape[0] * self._shape[1] * self.dtype.itemsize
+        rows = self.batches[index]
+        value = torch.empty(rows, *self._shape, dtype=self.dtype)
+        data = value.view(-1).view(torch.uint8).numpy()
         with open(self.path, "rb") as file:
-            file.seek(sum(self.batches[:index]) * width)
-            data = bytearray(file.read(self.batches[index] * width))
-        return torch.frombuffer(data, dtype=self.dtype).view(self.batches[index], *self._shape)
+            file.seek(sum(self.batches[:index]) * (value.nbytes // rows))
+            found = file.readinto(data)
+        if found != len(data):
+            raise OSError(f"{self.path} is cut off; start anew with --overwrite.")
+        return value
 
-    def write(self, values: Iterator[torch.Tensor]) -> None:
-        """Replaces the content."""
+    def write(self, values: Iterable[torch.Tensor]) -> None:
+        """Replaces the content, and brings it to the disk."""
         with open(self.path, "wb") as file:
             for value in values:
                 value = value.detach().to("cpu", self.dtype).contiguous()
-                file.write(value.view(-1).view(torch.uint8).numpy().tobytes())
-
-    def bytes(self) -> int:
-        return os.path.getsize(self.path)
+                file.write(value.view(-1).view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())

@@ -6,6 +6,8 @@ written. A run that was killed or failed leaves that folder, and the same comman
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import math
@@ -13,7 +15,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..compress.allocation import Demand, allocate
 from ..compress.block import BlockSettings
 from ..compress.blocks import BlockModel
 from ..compress.calibration import read_documents, token_windows
-from ..compress.journal import Journal, replace_file
+from ..compress.journal import JOURNAL, LOCK, Journal, replace_file
 from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
 from ..compress.sensitivity import measure_sensitivity
 from ..compress.source import DenseCheckpoint
@@ -92,8 +93,10 @@ def compress_checkpoint(
     Raises:
         ValueError: If `target` exists, `source` is compressed already, another run is at work, or model, text and
             settings do not fit.
+        OSError: If the disk is full; the same call goes on where this one ended.
     """
     started = time.perf_counter()
+    config = copy.deepcopy(config)  # layout and fingerprint are written into it
     check_folder(source)
     _check_target(source, target, overwrite)
     model_config = AutoConfig.from_pretrained(source)
@@ -113,11 +116,9 @@ def compress_checkpoint(
     if calibration is not None:
         windows = _windows(model, tokenizer, source, calibration, samples, seqlen)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        given = Calibration(windows, settings, place)
+        given = Calibration(windows, place)
 
     parent, name = os.path.split(os.path.abspath(target))
-    os.makedirs(parent, exist_ok=True)
-    work = os.path.join(parent, f".{name}.partial")
     job = {
         "source": dense.state(),
         "config": config.to_dict(),
@@ -125,12 +126,12 @@ def compress_checkpoint(
         "dtype": str(kept),
         "calibration": None if given is None else hashlib.sha256(given.windows.numpy().tobytes()).hexdigest(),
         "sequences": None if given is None else list(given.windows.shape),
-        "settings": str(settings) if given is not None else None,
+        "feedback, epochs or learning rate": None if given is None else [feedback, epochs, learning_rate],
+        "device": None if given is None else given.device.type,  # which sets the dtype of stored activations
         "version": __version__,
     }
-    if overwrite and not _belongs(work, job):
-        shutil.rmtree(work, ignore_errors=True)
-    journal = Journal(work, job)
+    work = os.path.join(parent, f".{name}.partial")
+    journal = Journal(work, job, anew=overwrite)
     try:
         if journal.content.get("done"):
             print(f"{target}: going on where an earlier run ended", file=sys.stderr)
@@ -150,7 +151,7 @@ def compress_checkpoint(
             "bytes": weight_bytes(work),
             "source_bytes": sum(map(dense.num_bytes, dense.shapes)),
             "seconds": result["seconds"] + journal.content.get("measured", 0.0),
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory": _peak_memory(),
             "calibration": None if calibration is None else os.path.basename(calibration),
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
@@ -158,14 +159,18 @@ def compress_checkpoint(
         }
         model_config.dtype = kept
         _finish(work, name, model, model_config, config, specs, result, summary)
-        _move(work, target, parent)
+        _move(work, os.path.join(parent, name))
     except BaseException as error:
-        journal.close()
         # What is wrong with model, text or settings stays wrong; a full disk, a signal or a crash does not.
         if isinstance(error, ValueError) or not journal.content.get("done"):
-            shutil.rmtree(work, ignore_errors=True)
+            journal.discard()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno, f"{parent} is full; make room there and run the same command again, it goes on from there"
+            ) from error
         raise
-    journal.close()
+    finally:
+        journal.close()
     return {
         **summary,
         "elapsed": time.perf_counter() - started,
@@ -208,23 +213,25 @@ def _specs(
         weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
         sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
         if given is not None:
-            count, batches = 0, []
-            for batch in given.batches:
-                batches.append(batch)
-                count += batch.numel()
-                if count >= _SENSITIVITY_TOKENS:
-                    break
-            dtype_there = torch.float32 if given.device.type == "cpu" else dtype
-            measured = measure_sensitivity(BlockModel(model, dense, dtype_there, given.device), batches)
-            least = min(value for value in measured.values()) if measured else 1.0
-            sensitivity = {name: measured.get(name, least) for name in layers}
+            enough = -(-_SENSITIVITY_TOKENS // given.batches[0].numel())
+            blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
+            measured = measure_sensitivity(blocks, given.fitted[:enough])
+            sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
         demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
         if size is not None:
             budget = size - _other_bytes(model, layers, dense, dtype, journal.folder)
         else:
             assert config.bits is not None
             budget = int(config.bits * sum(weights.values()) / 8)
-        specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
+        try:
+            specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
+        except ValueError as error:
+            if size is None:
+                raise
+            raise ValueError(
+                f"a size of {size} bytes is out of reach: {size - budget} bytes are taken by tensors that stay dense "
+                f"(--dtype can narrow them), tokenizer and reports, and {error}"
+            ) from error
     journal.commit(
         specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started
     )
@@ -313,29 +320,43 @@ def _write(path: str, text: str) -> None:
     replace_file(path, write)
 
 
-def _move(work: str, target: str, parent: str) -> None:
-    """The working folder, without what only a run needs, becomes the target."""
-    os.chmod(work, 0o755)
+def _move(work: str, target: str) -> None:
+    """The working folder, without what only a run needs, becomes the target.
+
+    The journal goes last: until the target is in its place, a run that is interrupted goes on.
+    """
     for entry in list(os.scandir(work)):
-        if entry.name in ("journal.json", "lock") or entry.name.startswith(("dense.", "compressed.")):
+        if entry.name.startswith(("dense.", "compressed.")):
             os.remove(entry.path)
     if os.path.isdir(target):
         # Set aside first: at no moment is there neither the old checkpoint nor the new one.
-        old = tempfile.mkdtemp(prefix=".old.", dir=parent)
-        os.rename(target, os.path.join(old, "checkpoint"))
-        os.rename(work, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(work, target)
+        shutil.rmtree(_old(target), ignore_errors=True)
+        os.rename(target, _old(target))
+    os.rename(work, target)
+    _tidy(target)
 
 
-def _belongs(work: str, job: dict[str, Any]) -> bool:
-    """Whether an unfinished run in the folder is this one."""
+def _tidy(target: str) -> None:
+    """Removes what a run leaves beside a finished checkpoint."""
+    for name in (LOCK, JOURNAL):
+        if os.path.exists(os.path.join(target, name)):
+            os.remove(os.path.join(target, name))
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def _old(target: str) -> str:
+    parent, name = os.path.split(target)
+    return os.path.join(parent, f".{name}.old")
+
+
+def _peak_memory() -> int:
+    """Bytes of the most memory that this process held."""
     try:
-        with open(os.path.join(work, "journal.json"), encoding="utf-8") as file:
-            return json.load(file)["settings"] == json.loads(json.dumps(job))
-    except (OSError, ValueError, KeyError):
-        return False
+        # ru_maxrss of a young process includes what the one that started it held.
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _windows(model: Any, tokenizer: Any, source: str, path: str, samples: int, seqlen: int | None) -> torch.Tensor:
@@ -374,10 +395,13 @@ def _dtype(dtype: str, model_config: Any, dense: DenseCheckpoint) -> torch.dtype
 
 
 def _check_target(source: str, target: str, overwrite: bool) -> None:
+    target = os.path.abspath(target)
+    if os.path.isfile(os.path.join(target, JOURNAL)):
+        _tidy(target)  # a run was killed at its very last step
     if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise ValueError(f"{target} is the dense model itself; choose another folder.")
+    if os.path.commonpath([os.path.realpath(target), os.path.realpath(source)]) == os.path.realpath(target):
+        raise ValueError(f"{target} is the dense model itself, or holds it; choose another folder.")
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
     if not os.path.isfile(os.path.join(target, "config.json")):

@@ -4,9 +4,9 @@
     python recipes/benchmarks/compress_memory.py --layers 2         # for a try
 
 The dense checkpoint is random bf16, written shard by shard into a temporary folder. The command runs in a process of
-its own; what counts is the most memory that it ever held (VmHWM), imports included. hqq, which other benchmarks
-compare with, is hidden from that process: transformers imports it where it is installed, and with it the whole of
-torch.compile, 140 MB. Writes results/compress_memory.json.
+its own; what counts is the most memory that it ever held (VmHWM), imports included. They take the larger part:
+transformers imports torch.compile, and both it and PEFT what else is installed (triton and bitsandbytes, 120 MB).
+`--hide bitsandbytes triton` measures an installation without. Writes results/compress_memory.json.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--quality", default="default")
+    parser.add_argument("--hide", nargs="*", default=[], help="packages that count as not installed")
     parser.add_argument("--results", default="compress_memory", help="name of the file under results/; - for none")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -42,9 +43,10 @@ def main() -> None:
         size = write_dense(dense, options)
         flags = ["--bits", str(options.bits), "--quality", options.quality]
         started = time.perf_counter()
-        run = "from cluscomp_peft.cli import main; sys.exit(main(sys.argv[1:]))"
+        hide = "import sys; " + "".join(f"sys.modules[{name!r}] = None; " for name in options.hide)
+        run = hide + "from cluscomp_peft.cli import main; sys.exit(main(sys.argv[1:]))"
         peaks = {
-            "imports": peak_of("import cluscomp_peft.hf.compression"),
+            "imports": peak_of(hide + "import cluscomp_peft.hf.compression"),
             "cluscomp compress": peak_of(run, "compress", dense, target, *flags),
         }
         seconds = time.perf_counter() - started
@@ -98,8 +100,7 @@ def write_dense(folder: str, options: argparse.Namespace) -> int:
 def peak_of(code: str, *arguments: str) -> int:
     """Bytes of the most memory that a Python process held, read while it runs: the figure of a child that is gone
     (ru_maxrss) would count what this process held when it started the child."""
-    hidden = "import sys; sys.modules['hqq'] = None; "
-    child = subprocess.Popen([sys.executable, "-c", hidden + code, *arguments], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
     peak = 0
     while child.poll() is None:
         try:

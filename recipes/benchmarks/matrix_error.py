@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/matrix_error.py MATRICES.safetensors [--conv1d] [--bits 2 3 4]
 
-For every 2-D tensor [out, in] of the file (`--conv1d`: [in, out], as GPT-2 stores them): ‖W − Ŵ‖ / ‖W‖, and how far the
-largest weight lies from the mean, in standard deviations: a few such weights are what breaks quantisers. NF4 and RTN
+For every 2-D tensor [out, in] of the file (`--conv1d`: [in, out], as GPT-2 stores them): ‖W − Ŵ‖ / ‖W‖, and how far
+the largest weight lies from the mean, in standard deviations: few such weights are what breaks quantisers. NF4 and RTN
 take a scale (RTN also a minimum) for 64 weights, half a bit; ClusComp's bits are true bits. Writes
 results/matrix_error.json.
 """
