@@ -245,7 +245,7 @@ def test_what_is_held_out_is_fitted_to_by_nobody(dense, text, tokenizer, tmp_pat
     """The codes do not change when only the held-out sequences do."""
     words = open(text, encoding="utf-8").read().split()
     other = tmp_path / "other.txt"
-    other.write_text(" ".join(words[: LENGTH * (SAMPLES - 2)] + words[: 2 * LENGTH + 5]))
+    other.write_text(" ".join(words[: LENGTH * (SAMPLES - 1)] + words[: LENGTH + 5]))
     made = []
     for path in (text, str(other)):
         target = str(tmp_path / f"out{len(made)}")

@@ -107,7 +107,7 @@ def compress_shards(
         calibration ([`Calibration`], *optional*): Compress block by block on these tokens.
 
     Returns:
-        `dict`: shards (file name → keys with bytes), matrices, blocks, losses, stages (seconds), fingerprints.
+        `dict`: shards (file name → keys with bytes), matrices, fingerprints, blocks, losses, seconds.
     """
     keys = {name: _weight_key(source, name) for name in specs}
     units = _units(model, source)

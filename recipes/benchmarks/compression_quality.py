@@ -122,13 +122,14 @@ def _compressed(
         text = os.path.join(os.environ["CLUSCOMP_QUALITY_FOLDER"], "calibration.jsonl")
         with open(text, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+        extra: dict[str, Any] = {}
+        if method != "data-free":
+            extra = {"calibration": text, "samples": options.samples, "seqlen": options.seqlen}
+        base = target.replace("recovered", "calibrated")
+        if not os.path.exists(base):
+            compress_checkpoint(options.model, base, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), **extra)
         if method == "recovered":
-            _recover(target.replace("recovered", "calibrated"), target, text, options)
-        else:
-            extra: dict[str, Any] = {}
-            if method == "calibrated":
-                extra = {"calibration": text, "samples": options.samples, "seqlen": options.seqlen}
-            compress_checkpoint(options.model, target, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), **extra)
+            _recover(base, target, text, options)
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
         return model, true_bits(model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
