@@ -8,9 +8,9 @@ file (also .xz). Each step moves codebooks, and scales where the model has them,
     kl_weight · KL(dense ‖ compressed) + (1 − kl_weight) · next-token loss
 
 with a short warm-up and a cosine. The state that is best on the last windows of the text, which are not trained on, is
-merged and written to OUT, a compressed checkpoint like COMPRESSED with as many true bits. With `--kl_weight 1` it
-imitates the dense model and learns nothing from the text itself; every bit of next-token loss also adapts it to the
-text, so that its loss there may well fall below the dense one's.
+merged and written to OUT, a compressed checkpoint like COMPRESSED with as many true bits. By default it imitates the
+dense model alone and learns nothing from what the text says. `--kl_weight 0.9` also adapts it to the text, where its
+loss may fall below the dense one's although it is no nearer to it: that is finetuning, and to be compared with such.
 
 OUT appears when it is whole. Until then a hidden folder beside it holds the work; an interrupted run goes on from
 there with the same command and `--resume`.
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, metavar="OUT", help="folder to create")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps (default 300)")
     parser.add_argument("--learning_rate", type=float, default=2e-5, help="peak rate of AdamW (default 2e-5)")
-    parser.add_argument("--kl_weight", type=float, default=0.9, help="1: imitate only; 0: text only (default 0.9)")
+    parser.add_argument("--kl_weight", type=float, default=1.0, help="1: imitate only (default); 0: text only")
     parser.add_argument("--temperature", type=float, default=1.0, help="of both distributions (default 1)")
     parser.add_argument("--batch", type=int, default=4, help="windows of a step on one device (default 4)")
     parser.add_argument("--gradient_accumulation", type=int, default=1, help="batches of a step (default 1)")
