@@ -34,7 +34,6 @@ _EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations che
 _EXACT_RESULT = 6
 _RESORT = (1, 3, 8, 20, 50)
 _LIST = 256
-_SLACK = 0.3  # lists hold what came within 1 + slack times the least squared distance of some vector of the home
 _FEW = 4  # vectors for each centroid
 _SETTLED = 1e-3  # wide passes at the end stop when one lowers the objective by less
 
@@ -67,7 +66,7 @@ def lloyd_cells(
             if exact:
                 job.assign(2.0)
             elif iteration == 1:
-                job.assign(_first_factor(job.dim), _SLACK)
+                job.assign(_first_factor(job.dim), _slack(job.dim))
             else:
                 job.assign_listed(wide=iteration % 4 == 2)
             if iteration in _RESORT:
@@ -308,7 +307,7 @@ class _Clustering:
         )
         self.each(
             lambda a, b: nearest.assign_listed(
-                self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _SLACK, a, b,
+                self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _slack(self.dim), a, b,
                 self.code, self.dist, lists, lengths,
             ),
             _ranges(len(self.c), 16 * self.threads),
@@ -339,7 +338,7 @@ class _Clustering:
         if exact or self.lists is None:
             self.reach = np.zeros(len(self.c), np.float32)
             cells.measure_reach(self.order, self.starts, self.dist, self.reach)
-            self.assign(*((2.0,) if exact else (_first_factor(self.dim), _SLACK)))
+            self.assign(*((2.0,) if exact else (_first_factor(self.dim), _slack(self.dim))))
         previous = self.objective()
         while not exact:
             self.assign_listed(wide=True)
@@ -377,6 +376,12 @@ class _Clustering:
 def _first_factor(dim: int) -> float:
     """How far the first lists look, as a factor of the distance of a vector to its home; wide passes mend the rest."""
     return max(1.25, 1.85 - 0.05 * dim)
+
+
+def _slack(dim: int) -> float:
+    """Lists hold what came within 1 + slack times the least squared distance of some vector of the home. Distances
+    vary less in more dimensions: at d = 16, 0.2 takes 0.7 of the time of 0.3 and ends 0.01 % higher."""
+    return 0.3 if dim <= 12 else 0.2
 
 
 def _leaf(dim: int) -> int:
