@@ -14,12 +14,13 @@ call those, not the ops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..codes import code_bits, num_groups, packed_width
-from . import reference
+from . import cpu, reference
 
 __all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
 
@@ -121,6 +122,23 @@ def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
 LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)
 
 
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        from . import cuda  # by the first call on a device, because it imports Triton
+
+        return getattr(cuda, name)(*args)
+
+    return kernel
+
+
+DECODE.register_kernel("cpu")(cpu.decode)
+LINEAR.register_kernel("cpu")(cpu.linear)
+CODEBOOK_GRAD.register_kernel("cpu")(cpu.codebook_grad)
+DECODE.register_kernel("cuda")(_on_cuda("decode"))
+LINEAR.register_kernel("cuda")(_on_cuda("linear"))
+CODEBOOK_GRAD.register_kernel("cuda")(_on_cuda("codebook_grad"))
+
+
 # An op of its own, because a compiler that sees a cast down and up again leaves both out, and with them the promise
 # that a merged codebook holds what the forward pass used.
 @torch.library.custom_op("cluscomp::round_to", mutates_args=())
@@ -192,7 +210,8 @@ def linear(
     """`x Wᵀ + bias` with W as [`decode`] gives it, in the dtype of x (under autocast: in autocast's).
 
     Differentiable in x, codebook, scales, residual and bias. Bit for bit `torch.nn.functional.linear` with the decoded
-    weight.
+    weight; on CUDA, and of a large matrix on the CPU, up to 16 tokens are summed in another order (see `cuda.py` and
+    `cpu.py`).
 
     Args:
         x (`torch.Tensor`): [..., in], floating point. The other arguments are those of [`decode`].
