@@ -1,4 +1,4 @@
-"""The `cluscomp` command: compress, inspect, evaluate."""
+"""The `cluscomp` command: compress, inspect, evaluate, plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from . import ClusCompQuantizationConfig
@@ -84,6 +84,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     evaluate.set_defaults(run=_evaluate)
+
+    plan = commands.add_parser("plan", help="say what a model needs in memory, and which settings fit")
+    plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
+    plan.add_argument("--bits", type=float, help="true bits per weight (default 4; a compressed model has its own)")
+    plan.add_argument("--seqlen", type=int, default=1024, help="tokens of a sequence")
+    plan.add_argument("--batch", type=int, default=1, help="sequences at once")
+    plan.add_argument("--dtype", default="bfloat16", choices=_DTYPES[1:], help="of activations and what stays dense")
+    plan.add_argument("--rank", type=int, default=8, help="trained numbers, as those of LoRA of this rank")
+    plan.add_argument("--num-blocks", type=int, help="delta codebooks of every matrix, instead of --rank")
+    plan.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_8bit"))
+    plan.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the inputs of blocks, compute the rest again (default: yes)",
+    )
+    plan.add_argument(
+        "--chunked-loss",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the loss never holds the logits of all tokens, as TRL's nll (default: no)",
+    )
+    plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where it shall run")
+    plan.add_argument("--samples", type=int, default=128, help="calibration sequences of the compression")
+    plan.add_argument("--gpu-memory", metavar="24GiB", type=_bytes, help="find the settings that fit")
+    plan.add_argument("--json", action="store_true", help="one JSON object, in bytes, instead of tables")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -188,6 +215,14 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
             f"{result.true_bits:.3f} true bits per weight"
         )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .plan import Settings, plan, render
+
+    settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+    forecast = plan(options.model, settings, options.gpu_memory)
+    print(json.dumps(forecast.to_dict()) if options.json else render(forecast))
 
 
 def _bytes(text: str) -> int:

@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 
 
@@ -119,3 +123,30 @@ def config_for(kind: str, **changes) -> ClusCompConfig:
     """The adapter config for one of the three bases: "compressed", "born" (clustered on creation), "dense"."""
     settings = {"compressed": {}, "born": BORN, "dense": dict(base="dense", **BORN)}[kind]
     return ClusCompConfig(task_type="CAUSAL_LM", **{**settings, **changes})
+
+
+@pytest.fixture
+def run_recipe(monkeypatch, tmp_path, capsys):
+    """Runs a script as `python recipes/NAME` does, but in this process, which has imported TRL already."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+    def run(name: str, *arguments: str) -> list[dict]:
+        """Returns what the trainer logged."""
+        monkeypatch.setattr(sys, "argv", [str(RECIPES / name), *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(RECIPES / name), run_name="__main__")
+        return logged(capsys.readouterr().out)
+
+    return run
+
+
+def flags(**settings) -> list[str]:
+    """Settings as a command line has them."""
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def logged(output: str) -> list[dict]:
+    """The lines of a trainer's log, numbers as numbers."""
+    lines = [line for line in output.splitlines() if line.startswith("{'")]
+    return [{key: float(value) for key, value in json.loads(line.replace("'", '"')).items()} for line in lines]

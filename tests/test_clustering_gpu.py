@@ -227,7 +227,7 @@ def test_limits_are_named(gpu):
 @interpreted
 def test_the_benchmark_script_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
-    sizes = "--rows 16 --cols 48 --clusters 20 --dims 4 --iterations 1 --repeat 0".split()
+    sizes = "--parts kmeans --rows 16 --cols 48 --clusters 20 --dims 4 --iterations 1 --repeat 0".split()
     output = tmp_path / "new" / "suite.json"
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", *sizes, "--output", str(output)])
     importlib.import_module("gpu_suite").main()

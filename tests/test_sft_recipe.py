@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import lzma
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp_peft import ClusCompQuantizationConfig
 
-from .conftest import WORDS, logits_of
+from .conftest import RECIPES, WORDS, flags, logged, logits_of
 
-RECIPE = str(Path(__file__).resolve().parents[1] / "recipes" / "sft.py")
+RECIPE = str(RECIPES / "sft.py")
 DOCUMENTS = [" ".join(WORDS[3 + (i * 7 + j) % 93] for j in range(12)) for i in range(16)]
 # Flags that keep a run small and on the CPU.
 SMALL = {
@@ -39,10 +38,6 @@ SMALL = {
 }
 
 
-def flags(**settings) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
 @pytest.fixture
 def train(tmp_path) -> str:
     path = tmp_path / "train.jsonl"
@@ -51,23 +46,8 @@ def train(tmp_path) -> str:
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path, capsys):
-    """Runs the recipe as `python recipes/sft.py` does, but in this process, which has imported TRL already."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: str) -> list[dict]:
-        """Returns what the trainer logged."""
-        monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])
-        capsys.readouterr()
-        runpy.run_path(RECIPE, run_name="__main__")
-        return logged(capsys.readouterr().out)
-
-    return run
-
-
-def logged(output: str) -> list[dict]:
-    lines = [line for line in output.splitlines() if line.startswith("{'")]
-    return [{key: float(value) for key, value in json.loads(line.replace("'", '"')).items()} for line in lines]
+def recipe(run_recipe):
+    return lambda *arguments: run_recipe("sft.py", *arguments)
 
 
 def files(folder) -> dict[str, bytes]:

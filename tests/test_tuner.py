@@ -122,7 +122,8 @@ def test_a_model_that_is_no_transformer():
     assert isinstance(model.base_model.model.first, nn.Linear)
     model(x).sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {"base_model.model.second.cluscomp_delta.default.codebook"}
+    prefix = "base_model.model.second.cluscomp_delta.default."
+    assert trained == {f"{prefix}{name}" for name in ("codebook", "scale_in", "scale_out")}
 
 
 def test_only_the_active_adapter_trains(base):
@@ -151,7 +152,7 @@ def test_codes_are_stored_once_for_all_adapters(base):
 def test_weighted_sums_of_adapters(base, tokens):
     model, kind = base
     model = get_peft_model(model, config_for(kind, init_weights=False, num_blocks=2))
-    model.add_adapter("other", config_for(kind, init_weights=False, delta_scale=8.0))
+    model.add_adapter("other", config_for(kind, init_weights=False, num_blocks=3, delta_scale=8.0))
     model.base_model.set_adapter(["default", "other"])
     both = logits_of(model, tokens)
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
@@ -162,6 +163,19 @@ def test_weighted_sums_of_adapters(base, tokens):
     with model.disable_adapter():
         expected = logits_of(model, tokens)
     assert torch.equal(logits_of(model, tokens), expected)
+
+
+@pytest.mark.parametrize("base", ["compressed"], indirect=True)
+def test_weighted_sums_keep_the_capacity_of_one_rank(base, tokens, tmp_path):
+    model, kind = base
+    model = get_peft_model(model, config_for(kind, init_weights=False, rank=4))
+    model.add_adapter("other", config_for(kind, init_weights=False, rank=4))
+    model.base_model.set_adapter(["default", "other"])
+    both = logits_of(model, tokens)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert torch.allclose(logits_of(model, tokens), both, atol=1e-4)
+    assert (model.peft_config["sum"].rank, model.peft_config["sum"].num_blocks) == (4, None)
 
 
 def test_weighted_sums_refuse_nonsense(base):
@@ -352,7 +366,8 @@ def test_true_bits_with_an_adapter_are_those_after_merging(compressed_dir, setti
 def test_true_bits_do_not_count_copies_of_the_head(compressed_dir):
     model = AutoModelForCausalLM.from_pretrained(compressed_dir)
     bits = true_bits(model)
-    assert true_bits(get_peft_model(model, config_for("compressed", modules_to_save=["lm_head"]))) == bits
+    model = get_peft_model(model, config_for("compressed", num_blocks=1, modules_to_save=["lm_head"]))
+    assert true_bits(model) == bits
 
 
 def test_parameters_are_counted_as_weights(dense_dir, compressed_dir):

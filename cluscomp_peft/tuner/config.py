@@ -10,6 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, check_settings
 
 __all__ = ["ClusCompConfig"]
@@ -36,10 +37,13 @@ class ClusCompConfig(PeftConfig):
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not a usual one.
         modules_to_save (`list[str]`, *optional*): Other modules to train and save whole.
         bias (`str`): "none", "all" or "cluscomp_only".
-        num_blocks (`int`): Delta codebooks per matrix, each for a block of consecutive input channels: the knob for
-            capacity, as the rank is in LoRA. Merging then stores so many codebooks.
-        train_scales (`bool`, *optional*): Train a scale per input and output channel too. None: where the base stores
-            them (on `base="dense"`: always); True adds them where it does not, 16 bits each after merging.
+        rank (`int`): The knob for capacity: each matrix gets as many delta codebooks, each for a block of consecutive
+            input channels, as hold no more numbers than LoRA of this rank, `rank · (in + out)`; at least one. Merging
+            then stores so many codebooks.
+        num_blocks (`int`, *optional*): Delta codebooks of every matrix, instead of `rank`; 1 keeps the bits of the
+            base on merging.
+        train_scales (`bool`, *optional*): Train a scale per input and output channel too, 16 bits each after merging.
+            None: always, but with `num_blocks` only where the base stores them already.
         delta_scale (`float`): Units of the trained numbers: one unit moves a centroid by about this many RMS of its
             codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS. The default
             makes the rates that people use for LoRA right.
@@ -77,10 +81,13 @@ class ClusCompConfig(PeftConfig):
         default=None, metadata={"help": "Other modules to train and save whole."}
     )
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'cluscomp_only'."})
-    num_blocks: int = field(default=1, metadata={"help": "Delta codebooks per matrix, the knob for capacity."})
+    rank: int = field(default=8, metadata={"help": "Trains about as many numbers as LoRA of this rank."})
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "Delta codebooks of every matrix, instead of rank; 1 adds no bits."}
+    )
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
     delta_scale: float = field(
-        default=512.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
+        default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
     bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
@@ -123,8 +130,10 @@ class ClusCompConfig(PeftConfig):
                 "ClusComp adapts linear layers only, not target_parameters or trainable_token_indices; train an "
                 "embedding whole through modules_to_save."
             )
-        if type(self.num_blocks) is not int or self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be a whole number of at least 1, got {self.num_blocks!r}.")
+        for name in ("rank", "num_blocks"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (value is None and name == "num_blocks"):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if not isinstance(self.delta_scale, (int, float)) or not 0 < self.delta_scale < math.inf:
             raise ValueError(f"delta_scale must be a finite number greater than 0, got {self.delta_scale!r}.")
         dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
@@ -154,6 +163,23 @@ class ClusCompConfig(PeftConfig):
     def target_bits(self) -> float | None:
         """The budget of true bits: as given, or 4 where nothing is said."""
         return 4.0 if self.bits is None and self.group_size is None and self.num_clusters is None else self.bits
+
+    def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
+        """How many delta codebooks a matrix [out, in] stored as `spec` gets.
+
+        By `rank` only 1, 2, 3, 4, 6, 8, 12 …: merging adapters of different ranks stores the least common multiple.
+        """
+        if self.num_blocks is not None:
+            return self.num_blocks
+        numbers = self.rank * (in_features + out_features)
+        most = min(in_features, numbers // (spec.num_clusters * spec.group_size))
+        return max([1, *(step << k for step in (1, 3) for k in range(most.bit_length()) if step << k <= most)])
+
+    def scales_of(self, spec: ClusterSpec) -> tuple[bool, bool]:
+        """Whether scales of the input and of the output channels of a matrix stored as `spec` are trained."""
+        if self.train_scales is None and self.num_blocks is not None:
+            return spec.scale_in, spec.scale_out
+        return (self.train_scales is not False,) * 2
 
     def describe(self, facts: dict[str, Any]) -> None:
         """What to write beside the adapter: `layout`, fingerprints, `carries_codes`.

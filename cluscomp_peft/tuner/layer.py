@@ -99,9 +99,9 @@ class ClusCompLayer(BaseTunerLayer):
 
     def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:
         """Creates the adapter for a base stored as `spec`."""
-        train_in = spec.scale_in if config.train_scales is None else config.train_scales
-        train_out = spec.scale_out if config.train_scales is None else config.train_scales
-        spec = ClusterSpec(spec.group_size, spec.num_clusters, config.num_blocks, train_in, train_out)
+        train_in, train_out = config.scales_of(spec)
+        blocks = config.blocks_of(spec, self.in_features, self.out_features)
+        spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
         self._delta_scales[adapter_name] = config.delta_scale
         rms = self.set_units(adapter_name)

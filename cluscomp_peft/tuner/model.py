@@ -279,10 +279,13 @@ class ClusCompModel(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         config = copy.copy(configs[0])
         config.settle()
-        config.num_blocks = math.lcm(*(other.num_blocks for other in configs))
         config.target_modules, config.init_weights = set(layers), True
         flags = [other.train_scales for other in configs]
         config.train_scales = True if True in flags else None if None in flags else False
+        if len({(other.rank, other.num_blocks) for other in configs}) > 1:
+            deltas = [delta for layer in layers.values() for delta in layer.deltas(adapters)]
+            config.num_blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
+            config.train_scales = any(delta.scale_in is not None or delta.scale_out is not None for delta in deltas)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():

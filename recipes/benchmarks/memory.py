@@ -19,11 +19,9 @@ import sys
 import tempfile
 
 import torch
+from random_models import Shape, build, clustered_layer, prepare, random_tokens, train_step
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cluscomp_peft import ClusteredLinear
-from cluscomp_peft.codes import pack
-from cluscomp_peft.compress.allocation import choose_spec
 from cluscomp_peft.compress.targets import dense_linears
 from cluscomp_peft.hf.config import ClusCompQuantizationConfig
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
@@ -78,16 +76,7 @@ def write_compressed(folder: str, bits: float) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     for name, dense in list(dense_linears(model)):
-        out_features, in_features = dense.weight.shape
-        spec = choose_spec(in_features, out_features, bits=bits)
-        groups = -(-out_features // spec.group_size)
-        codes = pack(torch.randint(0, spec.num_clusters, (in_features, groups)), spec.code_bits)
-        codebook = (torch.randn(1, spec.num_clusters, spec.group_size) * 0.02).half()
-        scales = [
-            torch.ones(size, dtype=torch.float16) if wanted else None
-            for size, wanted in ((in_features, spec.scale_in), (out_features, spec.scale_out))
-        ]
-        model.set_submodule(name, ClusteredLinear.from_parts(codes, codebook, *scales, None, out_features))
+        model.set_submodule(name, clustered_layer(dense, bits, "cpu", name))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
@@ -138,13 +127,28 @@ def run_job(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _warm_up() -> None:
-    """A tiny model of the same dtype is trained a step, so that the pages of libraries and what they compile at first
-    use (tens of MB, and not the same from run to run) count for nobody."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **small}))
+    """A tiny dense and a small clustered model of the same dtype are trained a step, so that the pages of libraries
+    and what they compile at first use (tens of MB, and not the same from run to run) count for nobody."""
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **tiny}))
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, 16))
     model.to(torch.bfloat16)(input_ids=tokens, labels=tokens).loss.backward()
-    del model
+    # One block of the shape of the jobs, because kernels are compiled for how matrices are stored.
+    shape = Shape(
+        hidden=SHAPE["hidden_size"],
+        intermediate=SHAPE["intermediate_size"],
+        layers=1,
+        heads=SHAPE["num_attention_heads"],
+        kv_heads=SHAPE["num_key_value_heads"],
+        vocab=64,
+    )
+    model = build(shape, "cluscomp-4", "cpu")
+    for length in (16, 64):
+        with torch.no_grad():
+            model(input_ids=random_tokens(shape, 1, length, "cpu"))
+    model, optimizer = prepare(model, "cluscomp-4", checkpointing=False)
+    train_step(model, optimizer, random_tokens(shape, 1, 64, "cpu"))
+    del model, optimizer
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory of its own that the job could use again would make the job look smaller
 
@@ -164,6 +168,8 @@ def write_results(name: str, content: dict) -> None:
     content["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     content["versions"]["transformers"] = transformers.__version__
     content["hardware"] = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        content["hardware"]["gpu"] = torch.cuda.get_device_name()
     content["settings"].pop("folder", None)
     content["settings"].pop("job", None)
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

@@ -1,0 +1,201 @@
+"""What compressing, finetuning and serving a model need in memory, known before any of it is done.
+
+Only `config.json` is read. The model is built on the meta device, where tensors have shapes and no bytes, its layers
+are replaced by the product's own, and one block runs there forward and back while a ledger notes every tensor that
+comes and goes. So activations are what autograd really keeps, for any causal language model, by no family's names:
+
+    finetuning = codes + codebooks + what stays dense                              as the checkpoint stores them
+               + deltas · (4 + 4 + states)           fp32, gradients, 8 bytes of AdamW (2 of its 8-bit kind)
+               + inputs of all blocks                 n · batch · seqlen · hidden; without checkpointing all they keep
+               + the larger of  one block at work     what it keeps, one decoded weight, tiles, gradients in flight
+                                logits and loss       batch · seqlen · vocabulary in fp32, and copies
+    serving    = codes + codebooks + what stays dense + keys and values + one block without gradients
+    framework    CUDA context and what its allocator cannot use; on a CPU the interpreter with its imports
+
+Two things are put in by hand: attention counts as fused (it keeps q, k, v, its output and one fp32 number for each
+row, never scores of seqlen²), and ops of this package count what they hold inside (the decoded weight, fp32 tiles).
+Where a model does not run on the meta device, its block counts as what its linear layers read and write; see
+`model.from_widths`. A forecast is data, [`Job`]s of [`Part`]s; [`render`] makes text of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..compress.pipeline import TOGETHER
+from .jobs import (
+    CUDA_CONTEXT,
+    FRAGMENTATION,
+    GIB,
+    Job,
+    Part,
+    calibration_length,
+    compress,
+    compress_calibrated,
+    disk,
+    finetune,
+    full,
+    qlora,
+    serve,
+)
+from .model import Model
+from .settings import OPTIMIZERS, Settings
+from .text import render
+
+__all__ = ["OPTIMIZERS", "Job", "Part", "Plan", "Settings", "plan", "render"]
+
+_GRID_BITS = (4.0, 3.0, 2.5, 2.0)
+_GRID_SEQLENS = (512, 1024, 2048, 4096, 8192)
+_STEP = 64  # tokens that the longest sequence is a multiple of
+_NO_LIMIT = 1 << 20  # tokens, for models without a number of positions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast.
+
+    Args:
+        model (`str`): Folder or hub id.
+        settings ([`Settings`]): As asked, with `bits` filled in.
+        parameters, weights, matrices (`int`): Of the model; in clustered matrices; those matrices.
+        true_bits (`float`): Bits per weight of the clustered matrices.
+        jobs: finetune, serve, compress (without and with calibration, for a dense model) and, to compare, qlora, full.
+        disk: Bytes of weight files before and after, and of activations that calibration keeps on disk meanwhile.
+        memory (`int`, *optional*): Bytes that there are.
+        fits: bits → seqlen → bytes of finetuning (None where the bits are out of reach); empty without `memory`.
+        longest (`int`, *optional*): Tokens of the longest sequence that fits `memory` at the asked bits; 0 for none.
+        notes: What the numbers leave out or assume.
+    """
+
+    model: str
+    settings: Settings
+    parameters: int
+    weights: int
+    matrices: int
+    true_bits: float
+    jobs: dict[str, Job]
+    disk: dict[str, int]
+    memory: int | None
+    fits: dict[float, dict[int, int | None]]
+    longest: int | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; all sizes in bytes."""
+        jobs = {
+            key: {"total": job.total, "peak": job.peak, "parts": [asdict(part) for part in job.parts]}
+            for key, job in self.jobs.items()
+        }
+        return {**vars(self), "settings": asdict(self.settings), "jobs": jobs}
+
+
+def plan(path: str, settings: Settings | None = None, memory: int | None = None) -> Plan:
+    """Forecasts the memory of compressing, finetuning and serving a model.
+
+    Args:
+        path (`str`): Folder or hub id, dense or compressed; only its config is read.
+        settings ([`Settings`], *optional*): Defaults otherwise.
+        memory (`int`, *optional*): Bytes to look for settings that fit into.
+
+    Raises:
+        ValueError: If there is no such model, it has no layers to cluster, or they do not fit the settings.
+        OSError: If the hub does not know it.
+    """
+    settings = settings or Settings()
+    model = Model(path, settings)
+    settings = replace(settings, bits=settings.bits or model.default_bits)
+    assert settings.bits is not None
+    stored = model.stored(settings.bits)
+    jobs = {"finetune": finetune(model, settings), "serve": serve(model, settings)}
+    if not model.compressed:
+        jobs["compress"] = compress(model, settings)
+        jobs["compress_calibrated"] = compress_calibrated(model, settings)
+    jobs["qlora"], jobs["full"] = qlora(model, settings), full(model, settings)
+    fits, longest = {}, None
+    if memory is not None:
+        fits = _grid(model, settings)
+        longest = _longest(model, settings, memory)
+    return Plan(
+        path,
+        settings,
+        model.parameters,
+        stored.weights,
+        len(stored.specs),
+        8 * (stored.codes + stored.codebooks) / stored.weights,
+        jobs,
+        disk(model, settings),
+        memory,
+        fits,
+        longest,
+        tuple(_notes(model, settings)),
+    )
+
+
+def _grid(model: Model, settings: Settings) -> dict[float, dict[int, int | None]]:
+    assert settings.bits is not None
+    bits = [settings.bits] if model.compressed else sorted({*_GRID_BITS, settings.bits}, reverse=True)
+    lengths = sorted({length for length in _GRID_SEQLENS if length <= (model.limit or length)} | {settings.seqlen})
+
+    def total(bits: float, seqlen: int) -> int | None:
+        try:
+            model.stored(bits)
+        except ValueError:
+            return None
+        return finetune(model, replace(settings, bits=bits, seqlen=seqlen)).total
+
+    return {row: {column: total(row, column) for column in lengths} for row in bits}
+
+
+def _longest(model: Model, settings: Settings, memory: int) -> int:
+    def total(steps: int) -> int:
+        return finetune(model, replace(settings, seqlen=steps * _STEP)).total
+
+    low, high = 1, max(1, (model.limit or _NO_LIMIT) // _STEP)
+    least, most = total(low), total(high)
+    if most <= memory or least > memory:
+        return min(high * _STEP, model.limit or _NO_LIMIT) if most <= memory else 0
+    while high - low > 1:
+        # The total is a few straight lines: guess along them, and look at both sides of the guess.
+        guess = low + int((memory - least) / (most - least) * (high - low))
+        for steps in (min(max(guess, low + 1), high - 1), min(max(guess + 1, low + 1), high - 1)):
+            size = total(steps) if low < steps < high else None
+            if size is not None and size <= memory:
+                low, least = steps, size
+            elif size is not None:
+                high, most = steps, size
+    return low * _STEP
+
+
+def _notes(model: Model, settings: Settings) -> Iterable[str]:
+    if model.limit is not None and settings.seqlen > model.limit:
+        yield f"{settings.seqlen} tokens are more than the {model.limit} positions that the model was made for."
+    for trouble in dict.fromkeys(model.troubles):
+        yield f"{trouble}: its activations are an estimate from the widths of its linear layers."
+    yield (
+        "Activations: one block was run on the meta device, and what autograd keeps was counted. Attention counts as "
+        "fused, sequences as not padded, sliding windows as full."
+    )
+    for use in model.training(settings.bits, settings.batch, settings.seqlen).values():
+        kept = use.kept / settings.batch / settings.seqlen / 1024
+        entered = use.hidden / settings.batch / settings.seqlen / 1024
+        yield f"A block keeps {kept:.1f} KiB for each token until it has gone back; its input takes {entered:.1f} KiB."
+    yield "Gradients of deltas count all along, as they do where several batches are accumulated."
+    if settings.device == "cuda":
+        yield (
+            f"CUDA context ({CUDA_CONTEXT / GIB:g} GiB) and fragmentation ({FRAGMENTATION:.0%}) are allowances, not "
+            "measured; a display takes more."
+        )
+    else:
+        yield (
+            "On Linux malloc keeps what was freed: up to one and a half times the activations more, unless "
+            "MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set to 65536 in the environment."
+        )
+    if not settings.chunked_loss:
+        yield "Logits count as transformers' loss makes them; TRL's nll and fused losses: --chunked-loss."
+    if not model.compressed:
+        yield (
+            f"Compressing: K-means of {TOGETHER / 1e6:.1f} M weights at once, or of the largest matrix; with "
+            f"calibration {settings.samples} x {calibration_length(model)} tokens on {settings.device}."
+        )

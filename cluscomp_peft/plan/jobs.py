@@ -1,0 +1,283 @@
+"""The jobs that a plan knows, each a list of parts: what is added to one appears in totals, tables and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ..codes import ClusterSpec
+from ..compress.pipeline import TOGETHER
+from ..linear import weight_of
+from .model import Model, Use, from_widths
+from .settings import Settings
+
+__all__ = [
+    "CUDA_CONTEXT",
+    "FRAGMENTATION",
+    "GIB",
+    "Job",
+    "Part",
+    "calibration_length",
+    "compress",
+    "compress_calibrated",
+    "disk",
+    "finetune",
+    "full",
+    "qlora",
+    "serve",
+]
+
+GIB = 1 << 30
+CUDA_CONTEXT = GIB // 2
+FRAGMENTATION = 0.05  # of everything on a GPU: what its allocator holds and cannot hand out
+_INTERPRETER = 650_000_000  # Python with torch, transformers, PEFT, what those import, and compiled kernels
+_LOSS_TILE = (4096, 8192)  # tokens and words of a chunked loss, as TRL takes them
+_BATCH_TOKENS, _BATCHES = 4096, 8  # of calibration
+_SENSITIVITY_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind. Parts of different moments are never in memory together; None is always there."""
+
+    name: str
+    bytes: int
+    moment: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one job holds at its peak."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def peak(self) -> str | None:
+        """The moment that takes the most."""
+        moments: dict[str, int] = {}
+        for part in self.parts:
+            if part.moment is not None:
+                moments[part.moment] = moments.get(part.moment, 0) + part.bytes
+        return max(moments, key=lambda moment: moments[moment], default=None)
+
+    @property
+    def total(self) -> int:
+        """Bytes at that moment."""
+        return sum(part.bytes for part in self.parts if part.moment in (None, self.peak))
+
+
+def finetune(model: Model, settings: Settings) -> Job:
+    assert settings.bits is not None
+    stored = model.stored(settings.bits)
+    trained = sum(stored.trainable)
+    return _job(
+        "finetuning",
+        settings,
+        [
+            *_weights(model, settings),
+            Part("deltas, fp32", 4 * trained),
+            Part("gradients of deltas, fp32", 4 * trained),
+            Part(f"states of {settings.optimizer}", sum(map(partial(_states, settings.optimizer), stored.trainable))),
+            *_activations(model, settings, model.training(settings.bits, settings.batch, settings.seqlen)),
+        ],
+    )
+
+
+def _weights(model: Model, settings: Settings) -> list[Part]:
+    assert settings.bits is not None
+    stored = model.stored(settings.bits)
+    parts = [
+        Part("codes", stored.codes),
+        Part("codebooks and scales", stored.codebooks),
+        Part("embeddings, head, norms, biases", model.dense_bytes(model.dtype.itemsize)),
+    ]
+    if settings.device == "cpu" and model.disk_dtype != model.dtype:
+        # Weights are used where the file is mapped; those that are cast are in memory twice.
+        parts.append(Part("the file's pages of what was cast", model.dense_bytes(model.disk_dtype.itemsize)))
+    return parts
+
+
+def _activations(model: Model, settings: Settings, uses: dict[int, Use]) -> list[Part]:
+    """What a training step adds to weights, gradients and states."""
+    counts = [len(members) for members in model.kinds.values()]
+    blocks = max(1, sum(counts))
+    if not uses:
+        uses, counts = {0: from_widths(model, "train", 0, settings.batch, settings.seqlen)}, [1]
+    heaviest = max(uses.values(), key=lambda use: use.work)
+    tokens = settings.batch * settings.seqlen
+    tail = heaviest.tail
+    if settings.chunked_loss:
+        tile = min(tokens, _LOSS_TILE[0]) * min(model.vocabulary, _LOSS_TILE[1])
+        tail = heaviest.hidden * 2 + 4 * tokens * model.hidden + 4 * tile
+    block, loss = "a block goes back", "loss"
+    if settings.gradient_checkpointing:
+        inputs = sum(use.hidden * count for use, count in zip(uses.values(), counts, strict=True))
+        parts = [
+            Part(f"inputs of {blocks} blocks", inputs),
+            Part("what the block at work keeps", heaviest.kept, block),
+        ]
+    else:
+        kept = sum(use.kept * count for use, count in zip(uses.values(), counts, strict=True))
+        parts = [Part(f"what {blocks} blocks keep", kept)]
+    parts.append(Part("a decoded weight, tiles, gradients in flight", heaviest.work - heaviest.kept, block))
+    return [*parts, Part("logits and loss" + ", in chunks" * settings.chunked_loss, tail, loss)]
+
+
+def serve(model: Model, settings: Settings) -> Job:
+    assert settings.bits is not None
+    uses = model.serving(settings.bits, settings.batch, settings.seqlen)
+    counts = [len(members) for members in model.kinds.values()]
+    if not uses:
+        uses, counts = {0: from_widths(model, "serve", 0, settings.batch, settings.seqlen)}, [1]
+    cache = sum(use.kept * count for use, count in zip(uses.values(), counts, strict=True))
+    return _job(
+        "serving",
+        settings,
+        [
+            *_weights(model, settings),
+            Part("keys and values", cache),
+            Part("a block reads the prompt, a decoded weight", max(use.work - use.kept for use in uses.values())),
+            Part("logits of the last tokens", settings.batch * model.vocabulary * (model.dtype.itemsize + 4)),
+        ],
+    )
+
+
+def compress(model: Model, settings: Settings) -> Job:
+    """Host memory. K-means holds 12 bytes for each weight and 56 for each vector of what is clustered at once."""
+    assert settings.bits is not None
+    specs = model.stored(settings.bits).specs
+    weights = {name: layer.weight.numel() for name, layer in model.linears.items()}
+    members = _units(model)
+    together = max(
+        min(sum(map(weights.__getitem__, names)), max(TOGETHER, *map(weights.__getitem__, names))) for names in members
+    )
+    per_weight = max(12 + 56 / spec.group_size for spec in specs.values())
+    codes = max(sum(_stored_bytes(model, name, specs[name]) for name in names) for names in members)
+    return _job(
+        "compressing",
+        replace(settings, device="cpu"),
+        [
+            Part("matrices that are clustered at once", int(together * per_weight), "clustering"),
+            Part("codes of one block", codes, "clustering"),
+            Part("the largest tensor that stays dense, twice", 2 * _largest_dense(model), "other tensors"),
+        ],
+    )
+
+
+def compress_calibrated(model: Model, settings: Settings) -> Job:
+    """Where the blocks run. Error feedback takes 72 · in² bytes for moments of inputs and their factors in fp64, and
+    24 + 24 / group_size for each weight of the matrix at work."""
+    assert settings.bits is not None
+    specs = model.stored(settings.bits).specs
+    size = 4 if settings.device == "cpu" else model.disk_dtype.itemsize
+    weights = {name: layer.weight.numel() for name, layer in model.linears.items()}
+    names = max(_units(model), key=lambda names: sum(map(weights.__getitem__, names)))
+    outside = model.parameters - sum(p.numel() for block in model.blocks for p in block.parameters())
+    largest = 0.0
+    for name, layer in model.linears.items():
+        in_features = weight_of(layer).shape[1]
+        feedback = 72 * in_features**2 + (24 + 24 / specs[name].group_size) * weights[name]
+        solve = 40 * in_features**2 + 36 * weights[name]
+        largest = max(largest, feedback, solve)
+    length = calibration_length(model)
+    rows = max(1, min(_BATCH_TOKENS // length, settings.samples // _BATCHES))
+    use = max(model.training(settings.bits, rows, length).values(), key=lambda use: use.work, default=None)
+    use = use or from_widths(model, "train", 0, rows, length)
+    trained = sum(spec.num_clusters * spec.group_size for name, spec in specs.items() if name in names)
+    parts = [
+        Part("embeddings and head", outside * size),
+        Part("one dense block", sum(map(weights.__getitem__, names)) * size),
+        Part("error feedback of the largest matrix", int(largest), "feedback"),
+        Part("reconstruction: activations", use.work * size // model.dtype.itemsize, "reconstruction"),
+        Part("reconstruction: codebooks, gradients, Adam", 20 * trained, "reconstruction"),
+    ]
+    if settings.device == "cpu":
+        tokens = min(_SENSITIVITY_TOKENS, settings.samples * length)
+        kept = len(model.blocks) * tokens * model.hidden * size
+        parts.append(Part("sensitivities: inputs of all blocks", kept, "sensitivities"))
+    return _job("compressing, with calibration", settings, parts)
+
+
+def qlora(model: Model, settings: Settings, rank: int = 16) -> Job:
+    """NF4 in blocks of 64 with doubly quantised scales, 4.127 bits; LoRA in fp32 on the same layers."""
+    shapes = [weight_of(layer).shape for layer in model.linears.values()]
+    adapters = [rank * width for shape in shapes for width in shape]
+    states = sum(map(partial(_states, settings.optimizer), adapters))
+    nf4 = 4 + 8 / 64 + 32 / (64 * 256)
+    return _job(
+        f"QLoRA: NF4, r {rank}",
+        settings,
+        [
+            Part("weights", int(sum(map(math.prod, shapes)) * nf4 / 8)),
+            Part("embeddings, head, norms, biases", model.dense_bytes(model.dtype.itemsize)),
+            Part("adapters, gradients, states", 8 * sum(adapters) + states),
+            *_activations(model, settings, model.training(settings.bits, settings.batch, settings.seqlen)),
+        ],
+    )
+
+
+def full(model: Model, settings: Settings) -> Job:
+    """Weights and gradients in the dtype of the activations, AdamW in fp32."""
+    return _job(
+        f"full finetuning in {settings.dtype}",
+        settings,
+        [
+            Part("weights", model.parameters * model.dtype.itemsize),
+            Part("gradients", model.parameters * model.dtype.itemsize),
+            Part("states of adamw", 8 * model.parameters),
+            *_activations(model, settings, model.training(None, settings.batch, settings.seqlen)),
+        ],
+    )
+
+
+def _job(name: str, settings: Settings, parts: Iterable[Part]) -> Job:
+    """With what the framework takes."""
+    job = Job(name, tuple(parts))
+    if settings.device == "cpu":
+        return replace(job, parts=(*job.parts, Part("Python and its imports", _INTERPRETER)))
+    lost = Part(f"fragmentation, {FRAGMENTATION:.0%}", int(FRAGMENTATION * job.total))
+    return replace(job, parts=(*job.parts, lost, Part("CUDA context", CUDA_CONTEXT)))
+
+
+def _states(optimizer: str, numel: int) -> int:
+    """Bytes of two moments of a tensor. bitsandbytes leaves small tensors in fp32, and scales each 256 numbers."""
+    return 8 * numel if optimizer == "adamw" or numel < 4096 else 2 * numel + 8 * -(-numel // 256)
+
+
+def _units(model: Model) -> list[list[str]]:
+    """Names of the clustered layers of each block."""
+    found = [
+        [name for name in model.linears if name.startswith(f"{model.prefix}.{index}.")]
+        for index in range(len(model.blocks))
+    ]
+    return [names for names in found if names] or [list(model.linears)]
+
+
+def _stored_bytes(model: Model, name: str, spec: ClusterSpec) -> int:
+    out_features, in_features = weight_of(model.linears[name]).shape
+    return spec.num_bytes(in_features, out_features, model.quantization.dtype.itemsize)
+
+
+def _largest_dense(model: Model) -> int:
+    clustered = {id(layer.weight) for layer in model.linears.values()}
+    sizes = [parameter.numel() for parameter in model.model.parameters() if id(parameter) not in clustered]
+    return max(sizes, default=0) * model.disk_dtype.itemsize
+
+
+def calibration_length(model: Model) -> int:
+    return min(2048, model.limit or 2048)
+
+
+def disk(model: Model, settings: Settings) -> dict[str, int]:
+    """Four files of activations: dense and compressed, behind and before a block."""
+    assert settings.bits is not None
+    stored = model.stored(settings.bits)
+    after = stored.codes + stored.codebooks + model.dense_bytes(model.disk_dtype.itemsize)
+    if model.compressed:
+        return {"compressed": after}
+    size = 4 if settings.device == "cpu" else model.disk_dtype.itemsize
+    streams = 4 * settings.samples * calibration_length(model) * model.hidden * size
+    return {"dense": model.parameters * model.disk_dtype.itemsize, "compressed": after, "calibration": streams}

@@ -1,0 +1,269 @@
+"""The model of a plan: built from its config on the meta device, stored at any bits, its blocks tried one by one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from ..codes import ClusterSpec
+from ..compress.blocks import find_blocks
+from ..hf.checkpoint import check_folder
+from ..hf.config import ClusCompQuantizationConfig
+from ..hf.quantizer import choose_specs
+from ..layout import expand
+from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..tuner.config import ClusCompConfig
+from ..tuner.layer import ClusCompLinear
+from .ledger import TILE_BYTES, FusedAttention, Ledger
+from .settings import DTYPES, Settings
+
+__all__ = ["Model", "Stored", "Use", "from_widths"]
+
+
+class Stored(NamedTuple):
+    """A model at some bits: specs by layer, bytes of codes, of codebooks with scales, weights, and sizes of the
+    trainable tensors."""
+
+    specs: dict[str, ClusterSpec]
+    codes: int
+    codebooks: int
+    weights: int
+    trainable: list[int]
+
+
+class Use(NamedTuple):
+    """Bytes of one block: its input; what it keeps for backward; the most that it adds to what was there before, that
+    included; and what follows the last block, through the loss and back, output of that block included."""
+
+    hidden: int
+    kept: int
+    work: int
+    tail: int
+
+
+class Model:
+    """The model on the meta device, and what dry runs of its blocks measured."""
+
+    def __init__(self, path: str, settings: Settings) -> None:
+        check_folder(path)
+        config = AutoConfig.from_pretrained(path)
+        found = getattr(config, "quantization_config", None)
+        if isinstance(found, dict) and found.get("quant_method") == "cluscomp":
+            found = ClusCompQuantizationConfig.from_dict(found)
+        self.compressed = isinstance(found, ClusCompQuantizationConfig)
+        if found is not None:
+            if not self.compressed:
+                kind = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+                raise ValueError(f"{path} is quantised already, by {kind}; plan for the dense model.")
+            del config.quantization_config
+        self.quantization: ClusCompQuantizationConfig = found or ClusCompQuantizationConfig()
+        if self.compressed and settings.bits is not None:
+            raise ValueError(f"{path} is compressed already, it has its own bits; leave out --bits {settings.bits:g}.")
+        self.default_bits = 4.0
+        self.disk_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        self.settings, self.dtype = settings, DTYPES[settings.dtype]
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model.requires_grad_(False)
+        self.limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        vocabulary, self.hidden = self.model.get_input_embeddings().weight.shape
+        head = self.model.get_output_embeddings()
+        self.vocabulary = vocabulary if head is None else weight_of(head).shape[0]
+        self.troubles: list[str] = []
+        self._stored: dict[float, Stored] = {}
+        self._uses: dict[tuple, Use] = {}
+        stored = self.stored(settings.bits or self.default_bits)
+        if self.compressed:
+            self.default_bits = round(8 * (stored.codes + stored.codebooks) / stored.weights, 3)
+        specs = stored.specs
+        self.linears = {name: self.model.get_submodule(name) for name in specs}
+        self.prefix, blocks = find_blocks(self.model) or ("", nn.ModuleList())
+        self.blocks = list(blocks)
+        # One block stands for all of its shape.
+        self.kinds: dict[Any, list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+            self.kinds.setdefault((type(block), shapes), []).append(index)
+
+    def dense_bytes(self, itemsize: int) -> int:
+        """Of what is not clustered: embeddings, head, norms, biases."""
+        clustered = sum(layer.weight.numel() for layer in self.linears.values())
+        return (self.parameters - clustered) * itemsize
+
+    def stored(self, bits: float) -> Stored:
+        """The model at so many bits, chosen as `cluscomp compress` does without calibration."""
+        if bits in self._stored:
+            return self._stored[bits]
+        if self.compressed:
+            names = [name for name, module in self.model.named_modules() if is_dense_linear(module)]
+            specs = expand(self.quantization.layout, names, self.model.base_model_prefix)
+            if not specs:
+                raise ValueError(
+                    f"none of the clustered matrices that the config names is a layer of {type(self.model).__name__}; "
+                    "its config.json is damaged."
+                )
+        else:
+            specs = choose_specs(self.model, replace(self.quantization, bits=bits))
+        codes = codebooks = weights = 0
+        trainable: list[int] = []
+        counted: dict[tuple, tuple[int, int, list[int]]] = {}
+        for name, spec in specs.items():
+            dense = self.model.get_submodule(name)
+            out_features, in_features = weight_of(dense).shape
+            if self.settings.num_blocks is not None and self.settings.num_blocks > in_features:
+                raise ValueError(
+                    f"num_blocks={self.settings.num_blocks} is more than the {in_features} input channels of {name}; "
+                    "a block needs at least one."
+                )
+            key = (in_features, out_features, spec)
+            if key not in counted:
+                layer = self._adapted(dense, spec)
+                sizes = [parameter.numel() for parameter in layer.parameters() if parameter.requires_grad]
+                own = layer.base_layer.codes.numel()
+                counted[key] = (own, layer.base_layer.stored_bytes() - own, sizes)
+            codes, codebooks = codes + counted[key][0], codebooks + counted[key][1]
+            weights += in_features * out_features
+            trainable += counted[key][2]
+        self._stored[bits] = Stored(specs, codes, codebooks, weights, trainable)
+        return self._stored[bits]
+
+    def _adapted(self, dense: nn.Module, spec: ClusterSpec) -> ClusCompLinear:
+        """The layer as it is finetuned, on the meta device."""
+        out_features, in_features = weight_of(dense).shape
+        base = ClusteredLinear(
+            in_features,
+            out_features,
+            spec,
+            bias=dense.bias is not None,
+            codebook_dtype=self.quantization.dtype,
+            dtype=self.dtype,
+            device="meta",
+            conv1d=isinstance(dense, Conv1D),
+        )
+        adapter = ClusCompConfig(rank=self.settings.rank, num_blocks=self.settings.num_blocks)
+        return ClusCompLinear(base, "default", adapter, torch.device("meta"))
+
+    def _block(self, index: int, bits: float | None, adapter: bool) -> nn.Module:
+        """A copy of a block: clustered with or without an adapter, or (no bits) dense and all of it trainable."""
+        block = copy.deepcopy(self.blocks[index])
+        if bits is None:
+            block.requires_grad_(True)
+        else:
+            for name, spec in self.stored(bits).specs.items():
+                place = f"{self.prefix}.{index}."
+                if name.startswith(place):
+                    layer = self._adapted(self.linears[name], spec)
+                    block.set_submodule(name.removeprefix(place), layer if adapter else layer.base_layer)
+        for parameter in block.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)  # counted elsewhere; backward adds to it
+        return block
+
+    def training(self, bits: float | None, batch: int, seqlen: int) -> dict[int, Use]:
+        """What blocks use in a training step, by the index of one for each kind; `bits` None: full finetuning."""
+        return {
+            members[0]: self._use(("train", members[0], bits, batch, seqlen), self._train)
+            for members in self.kinds.values()
+        }
+
+    def serving(self, bits: float, batch: int, seqlen: int) -> dict[int, Use]:
+        """The same for one pass over a prompt; `kept` are keys and values."""
+        return {
+            members[0]: self._use(("serve", members[0], bits, batch, seqlen), self._prefill)
+            for members in self.kinds.values()
+        }
+
+    def _use(self, key: tuple, measure: Callable[..., Use]) -> Use:
+        if key not in self._uses:
+            try:
+                self._uses[key] = measure(*key[1:])
+            except Exception as error:  # a model may do anything in its forward, on this device for the first time
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.troubles.append(f"{type(self.model).__name__} does not run on the meta device ({reason})")
+                self._uses[key] = from_widths(self, key[0], key[1], *key[3:])
+        return self._uses[key]
+
+    def _train(self, index: int, bits: float | None, batch: int, seqlen: int) -> Use:
+        block = self._block(index, bits, adapter=True)
+        ledger = self._dry_run(block.train(), 2, batch, seqlen, training=True)
+        places = [number for number, mark in enumerate(ledger.marks) if mark.name == "out"]
+        end = ledger.marks[places[-1]]
+        # The first of two rounds brings what all blocks share, such as position embeddings and masks.
+        start = ledger.marks[places[0] if len(places) > 1 else 0].live
+        turn, back = ledger.marks[places[-1] + 1 : places[-1] + 3]
+        work = max(end.peak + ledger.hidden, back.peak) - start
+        return Use(ledger.hidden, end.live - start, work, turn.peak - end.live + ledger.hidden)
+
+    def _prefill(self, index: int, bits: float, batch: int, seqlen: int) -> Use:
+        block = self._block(index, bits, adapter=False)
+        ledger = self._dry_run(block.eval(), 1, batch, seqlen, training=False)
+        start, end = ledger.marks
+        cache = ledger.live
+        return Use(ledger.hidden, cache, end.peak - start.live + ledger.hidden, 0)
+
+    def _dry_run(self, block: nn.Module, rounds: int, batch: int, seqlen: int, training: bool) -> Ledger:
+        """Runs the model with nothing but `rounds` times this block in it, and notes tensors."""
+        ledger = Ledger(self.settings.device)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if torch.is_grad_enabled():
+                hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+                hidden.register_hook(lambda _: ledger.mark("back"))
+            ledger.mark("in")
+            return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: ledger.mark("turn"))
+            ledger.hidden = hidden.nbytes
+            ledger.mark("out", later=True)
+
+        handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+        whole = self.model.get_submodule(self.prefix)
+        self.model.set_submodule(self.prefix, nn.ModuleList([block] * rounds))
+        self.model.train(training)
+        try:
+            tokens = torch.zeros(batch, seqlen, dtype=torch.int64, device="meta")
+            with ledger, FusedAttention(), torch.set_grad_enabled(training):
+                if training:
+                    self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+                else:
+                    output = self.model(input_ids=tokens, use_cache=True, past_key_values=DynamicCache())
+                    cache = output.past_key_values
+                    del output
+                    ledger.close()
+                    del cache
+        finally:
+            self.model.set_submodule(self.prefix, whole)
+            for handle in handles:
+                handle.remove()
+        return ledger
+
+
+def from_widths(model: Model, kind: str, index: int, batch: int, seqlen: int) -> Use:
+    """An estimate from the linear layers of a block: each keeps its input and its output, and a quarter of that is
+    kept between them (norms, activation functions); backward holds one decoded weight and fp32 gradients of the widest
+    layer beside that. Keys and values: as wide as the narrowest two layers that read the block's input."""
+    tokens, size = batch * seqlen, model.dtype.itemsize
+    place = f"{model.prefix}.{index}."
+    shapes = [weight_of(layer).shape for name, layer in model.linears.items() if name.startswith(place)]
+    shapes = shapes or [weight_of(layer).shape for layer in model.linears.values()]
+    kept = tokens * size * sum(sum(shape) for shape in shapes) * 5 // 4
+    widest = max(shapes, key=math.prod)
+    work = math.prod(widest) * size + tokens * sum(widest) * (size + 4) + TILE_BYTES[model.settings.device]
+    hidden = tokens * model.hidden * size
+    if kind == "serve":
+        widths = sorted(shape[0] for shape in shapes if shape[1] == model.hidden)[:2]
+        return Use(hidden, tokens * size * sum(widths), work, 0)
+    return Use(hidden, kept, kept + work, tokens * model.vocabulary * (size + 12))

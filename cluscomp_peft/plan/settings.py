@@ -1,0 +1,60 @@
+"""What a plan is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..hf.config import ClusCompQuantizationConfig
+from ..tuner.config import ClusCompConfig
+
+__all__ = ["DTYPES", "OPTIMIZERS", "Settings"]
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Args:
+        bits (`float`, *optional*): True bits per weight, 1 … 8; 4 by default. A compressed model has its own.
+        seqlen (`int`): Tokens of a sequence.
+        batch (`int`): Sequences at once.
+        dtype (`str`): Of activations and of what stays dense: "bfloat16", "float16" or "float32".
+        rank (`int`): Capacity of the adapter, see [`ClusCompConfig`].
+        num_blocks (`int`, *optional*): Delta codebooks of every matrix, instead of `rank`.
+        optimizer (`str`): "adamw" or "adamw_8bit".
+        gradient_checkpointing (`bool`): Keep the inputs of blocks only, and compute the rest again.
+        chunked_loss (`bool`): The loss never holds the logits of all tokens.
+        device (`str`): "cuda" or "cpu".
+        samples (`int`): Calibration sequences of the compression.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    bits: float | None = None
+    seqlen: int = 1024
+    batch: int = 1
+    dtype: str = "bfloat16"
+    rank: int = ClusCompConfig.rank
+    num_blocks: int | None = None
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    chunked_loss: bool = False
+    device: str = "cuda"
+    samples: int = 128
+
+    def __post_init__(self) -> None:
+        for name, least in (("seqlen", 2), ("batch", 1), ("rank", 1), ("num_blocks", 1), ("samples", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name, known in (("dtype", tuple(DTYPES)), ("optimizer", OPTIMIZERS), ("device", _DEVICES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if self.bits is not None:
+            ClusCompQuantizationConfig(bits=self.bits)  # says what is wrong with it

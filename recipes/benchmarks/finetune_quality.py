@@ -1,0 +1,306 @@
+"""Quality of finetuning: full finetuning, LoRA, DoRA, QLoRA, and ClusComp on compressed bases, rates swept for each.
+
+    python recipes/benchmarks/finetune_quality.py MODEL --train gsm8k_train.jsonl --valid gsm8k_valid.jsonl \\
+        --pretraining tinystories.jsonl --name tinystories-656k-gsm8k
+    python recipes/benchmarks/finetune_quality.py MODEL --train dolly.jsonl --hold_out 100 --pretraining …
+
+    full            every weight of the dense model                    full linears    its linear layers alone
+    lora, dora      rank 16 on the dense model                         qlora           rank 16 on bitsandbytes NF4
+    lora BITS       rank 16 on the compressed model, decoded
+    cluscomp BITS rRANK   ClusCompConfig(rank=RANK) on the compressed model of at most BITS true bits
+
+MODEL is compressed with the defaults of `cluscomp compress --calibration PRETRAINING`, once for each number of bits.
+Every run sees the same windows of tokens in the same order for a seed: AdamW without weight decay, cosine after 5 % of
+warm-up, gradients clipped at 1, fp32, loss on all tokens. The rate is chosen on the first seed, each method among its
+own; a rate at the edge of its list is marked. The other seeds run at that rate, and the table has means over the seeds
+and the standard deviation.
+
+    share       gain of the method / gain of `full linears`, gain = dense loss before − loss after
+    forgetting  loss on the pre-training text's last documents after finetuning, minus the dense model's before
+    peak        memory of the run's process above what it had with its imports
+
+Each run is a process; what is known already (results/finetune_quality_NAME.json) is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from memory import read_status, write_results
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import cluscomp_peft
+from cluscomp_peft.compress.calibration import read_documents, token_windows
+from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.hf.evaluate import true_bits
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RANK = 16
+RATES = {"full": (1e-3, 3e-3, 1e-2), "lora": (1e-2, 2e-2, 4e-2), "cluscomp": (1e-4, 2e-4, 4e-4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a dense checkpoint")
+    parser.add_argument("--train", required=True, help="to finetune on")
+    parser.add_argument("--valid", help="to measure the loss on; without it the last --hold_out documents of --train")
+    parser.add_argument("--hold_out", type=int, default=100)
+    parser.add_argument("--pretraining", required=True, help="text to calibrate on; its last 50 documents are kept")
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.3, 3.1, 2.6])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="of ClusComp")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--only", nargs="+", help="methods to run, by their first word")
+    parser.add_argument("--name", required=True, help="of the results")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--bases", help="folder of the compressed models, to keep them; by default a temporary one")
+    options = parser.parse_args()
+    if options.run is not None:
+        print(json.dumps(run(json.loads(options.run), options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.bases = options.bases or folder
+        Benchmark(options).table()
+
+
+class Benchmark:
+    """The runs of one model on one task, and what they add up to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.settings = {key: getattr(options, key) for key in ("steps", "batch", "seqlen", "hold_out")}
+        self.settings["train"] = os.path.basename(options.train)
+        self.path = f"finetune_quality_{options.name}"
+        self.runs: dict[str, dict[str, Any]] = {}
+        known = os.path.join(HERE, "results", f"{self.path}.json")
+        if os.path.exists(known):
+            with open(known, encoding="utf-8") as file:
+                content = json.load(file)
+            if content["settings"] == self.settings:
+                self.runs = content["runs"]
+
+    def methods(self) -> list[str]:
+        found = ["full", "full linears", "lora", "dora", "qlora"]
+        for bits in self.options.bits:
+            found += [f"lora {bits:g}", *(f"cluscomp {bits:g} r{rank}" for rank in self.options.ranks)]
+        return [method for method in found if not self.options.only or method.split()[0] in self.options.only]
+
+    def table(self) -> None:
+        # The widest jobs in two waves: the sweep on the first seed, then the other seeds at the best rate.
+        compress_all(self.options)
+        self.complete([(method, rate, 0) for method in self.methods() for rate in rates_of(method)])
+        best = {method: self.best_rate(method) for method in self.methods()}
+        self.complete([(method, best[method], seed) for seed in range(1, self.options.seeds) for method in best])
+        self.report(best)
+
+    def complete(self, jobs: list[tuple[str, float, int]]) -> None:
+        """Runs what is not known yet, and writes every result as it comes."""
+        jobs = [job for job in jobs if key_of(*job) not in self.runs]
+
+        def one(job: tuple[str, float, int]) -> tuple[str, subprocess.CompletedProcess]:
+            row = dict(zip(("method", "rate", "seed"), job, strict=True))
+            command = [sys.executable, __file__, *sys.argv[1:], "--bases", self.options.bases]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command += ["--run", json.dumps(row)]
+            return key_of(*job), subprocess.run(command, capture_output=True, text=True, env=environment)
+
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            for key, result in pool.map(one, jobs):
+                if result.returncode:
+                    raise SystemExit(f"{key}: {result.stderr.strip().splitlines()[-1]}")
+                self.runs[key] = json.loads(result.stdout.strip().splitlines()[-1])
+                print(key, json.dumps(self.runs[key]), file=sys.stderr, flush=True)
+                write_results(self.path, {"settings": self.settings, "runs": self.runs})
+
+    def best_rate(self, method: str) -> float:
+        return min(rates_of(method), key=lambda rate: self.runs[key_of(method, rate, 0)]["loss"])
+
+    def report(self, best: dict[str, float]) -> None:
+        rows = {}
+        for method, rate in best.items():
+            seeds = [self.runs[key_of(method, rate, seed)] for seed in range(self.options.seeds)]
+            row = {key: statistics.mean(run[key] for run in seeds) for key in seeds[0]}
+            row["spread"] = statistics.stdev(run["loss"] for run in seeds) if len(seeds) > 1 else 0.0
+            rows[method] = {**row, "rate": rate, "edge": rate in (rates_of(method)[0], rates_of(method)[-1])}
+        reference = rows.get("full linears")
+        for row in rows.values():
+            gain = row["before"] - row["loss"]
+            row["share"] = gain / (reference["before"] - reference["loss"]) if reference else math.nan
+        write_results(self.path, {"settings": self.settings, "runs": self.runs, "rows": rows})
+        print(
+            "| method | rate | base bits | merged bits | loss | ± | share | trained | adapter, KB | forgetting "
+            "| step, s | peak, MB |\n|---|" + "---:|" * 11
+        )
+        for method, row in rows.items():
+            print(
+                f"| {method} | {row['rate']:g}{'*' if row['edge'] else ''} | {row['bits']:.2f} | "
+                f"{row['merged_bits']:.2f} | {row['loss']:.4f} | {row['spread']:.4f} | {100 * row['share']:.1f} % | "
+                f"{row['trained']:,.0f} | {row['adapter_bytes'] / 1e3:,.0f} | {row['forgetting']:.2f} | "
+                f"{row['step']:.2f} | {row['peak_mb']:.0f} |"
+            )
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    return RATES.get(method.split()[0], RATES["lora"])
+
+
+def key_of(method: str, rate: float, seed: int) -> str:
+    return f"{method}, rate {rate:g}, seed {seed}"
+
+
+def compress_all(options: argparse.Namespace) -> None:
+    """One compressed model for each number of bits, calibrated on the pre-training text."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    for bits in options.bits:
+        target = os.path.join(options.bases, f"{bits:g}")
+        if os.path.exists(target):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            text = os.path.join(folder, "calibration.jsonl")
+            with open(text, "w", encoding="utf-8") as file:
+                for document in read_documents(options.pretraining, tokenizer)[:-50]:
+                    file.write(json.dumps({"text": document}) + "\n")
+            compress_checkpoint(
+                options.model, target, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), calibration=text
+            )
+
+
+def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """One finetuning; what the table needs of it."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    documents = read_documents(options.train, tokenizer)
+    if options.valid is None:
+        documents, held_out = documents[: -options.hold_out], documents[-options.hold_out :]
+    else:
+        held_out = read_documents(options.valid, tokenizer)
+    train = token_windows(documents, tokenizer, options.seqlen)
+    valid = token_windows(held_out, tokenizer, options.seqlen, max_tokens=20_000)
+    before_text = read_documents(options.pretraining, tokenizer)[-50:]
+    pretraining = token_windows(before_text, tokenizer, options.seqlen, max_tokens=20_000)
+    start = read_status("VmRSS")
+    _forget_peak()
+
+    set_seed(job["seed"])
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    before, before_pretraining = loss_of(dense, valid), loss_of(dense, pretraining)
+    model, bits = prepared(job["method"], dense, options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.0)
+    warm_up = max(1, round(0.05 * options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / options.steps)),
+    )
+    generator = torch.Generator().manual_seed(job["seed"])
+    rounds = 1 + options.steps * options.batch // len(train)
+    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
+    spent = []
+    model.train()
+    for step in range(options.steps):
+        started = time.perf_counter()
+        batch = train[order[step * options.batch : (step + 1) * options.batch]]
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        spent.append(time.perf_counter() - started)
+    peak = read_status("VmHWM")
+    result = {
+        "loss": loss_of(model, valid),
+        "before": before,
+        "forgetting": loss_of(model, pretraining) - before_pretraining,
+        "trained": sum(parameter.numel() for parameter in trained),
+        "bits": bits,
+        "merged_bits": 32.0 if bits == 32 else 16.0,  # what is not ours merges into a dense weight
+        "adapter_bytes": 0,
+        "step": statistics.median(spent),
+        "peak_mb": (peak - start) / 1e6,
+    }
+    if job["method"].split()[0] != "full":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            result["adapter_bytes"] = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+    if job["method"].startswith("cluscomp"):
+        result["merged_bits"] = true_bits(model.merge_and_unload())
+    return result
+
+
+def prepared(method: str, dense: Any, options: argparse.Namespace) -> tuple[Any, float]:
+    """The model ready to train, and the true bits of what lies under the adapter."""
+    kind, *rest = method.split()
+    if kind == "full":
+        if rest:
+            dense.requires_grad_(False)
+            for _, layer in dense_linears(dense):
+                layer.requires_grad_(True)
+        return dense, 32.0
+    if kind == "cluscomp":
+        model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
+        rank = int(rest[1].removeprefix("r"))
+        return get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=rank)), true_bits(model)
+    bits = 32.0
+    if rest:
+        model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
+        bits = true_bits(model)
+        dense = model.dequantize()
+    if kind == "qlora":
+        bits = load_in_nf4(dense)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=kind == "dora"
+    )
+    return get_peft_model(dense, config), bits
+
+
+def load_in_nf4(model: Any) -> float:
+    """Replaces the linear layers by bitsandbytes' NF4 ones, blocks of 64; returns their true bits."""
+    import bitsandbytes as bnb
+
+    for name, layer in list(dense_linears(model)):
+        parent, _, child = name.rpartition(".")
+        packed = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4",
+            compress_statistics=False,
+        )  # fmt: skip
+        packed.weight = bnb.nn.Params4bit(
+            layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
+        setattr(model.get_submodule(parent), child, packed.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return 4.5  # 4 bits, and 32 for each block of 64
+
+
+def loss_of(model: Any, windows: torch.Tensor) -> float:
+    """Mean loss of the tokens of windows [count, length], in nats."""
+    model.eval()
+    with torch.no_grad():
+        losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in windows.split(16)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+def _forget_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+        file.write("5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Clocks, peaks of memory and ceilings that the benchmarks of a device share."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def synchronize(device: str | torch.device) -> None:
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def timed(job: Callable[[], object], device: str | torch.device) -> float:
+    """Seconds of one call, until the device is done."""
+    synchronize(device)
+    started = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def seconds(job: Callable[[], object], device: str | torch.device, repeat: int) -> float:
+    """Median over `repeat` calls after a first one that compiles; of that one where there are none."""
+    times = [timed(job, device) for _ in range(1 + repeat)]
+    return statistics.median(times[1:] or times)
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], device: str | torch.device, rounds: int) -> dict:
+    """Seconds of every job in every round, all of them taking turns after one call each that counts for nothing.
+
+    What else the machine does then hits all alike; ratios are taken within rounds (see [`ratio`]).
+    """
+    for job in jobs.values():
+        job()
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            times[name].append(timed(job, device))
+    return times
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median over rounds of the one time over the other."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def graphed(job: Callable[[], object], device: str | torch.device, repeat: int) -> float | None:
+    """As [`seconds`], from a CUDA graph, so that launching costs nothing; None where the job cannot be captured."""
+    if not is_cuda(device):
+        return None
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            job()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            job()
+        return seconds(graph.replay, device, repeat)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
+def forget_peak(device: str | torch.device) -> None:
+    """Frees what nobody holds any more and starts counting the device's peak anew."""
+    gc.collect()
+    if is_cuda(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: str | torch.device) -> dict[str, int | None]:
+    """Bytes since [`forget_peak`]: in tensors, and taken from the device by torch's allocator. None without CUDA."""
+    if not is_cuda(device):
+        return {"peak": None, "reserved": None}
+    return {
+        "peak": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def measure_limits(device: str | torch.device, repeat: int) -> dict:
+    """What the device does in a second: FP32 multiply-adds without TF32 ("flops"), those of bf16 ("bf16"), bytes."""
+    side, count = (8192, 1 << 29) if is_cuda(device) else (256, 1 << 20)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rates = {}
+    for name, dtype in (("flops", torch.float32), ("bf16", torch.bfloat16)):
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        rates[name] = 2 * side**3 / seconds(lambda matrix=matrix: matrix @ matrix, device, repeat)
+    source = torch.zeros(count, device=device)
+    target = torch.empty_like(source)
+    rates["bytes"] = 8 * count / seconds(lambda: target.copy_(source), device, repeat)
+    return {"device": torch.cuda.get_device_name(device) if is_cuda(device) else "cpu", **rates}

@@ -1,0 +1,158 @@
+"""What `sft.py` and `dpo.py` share: their arguments, the compressed base, the data, and what is written at the end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from cluscomp_peft.hf.checkpoint import read_report
+from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.hf.evaluate import true_bits
+
+# For models that come without one: turns in plain text, an end-of-sequence token after each answer.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass
+class ScriptArguments:
+    """What the scripts take besides the arguments of TRL's trainer."""
+
+    model_name_or_path: str = field(metadata={"help": "Compressed or dense model: a folder or hub id."})
+    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json or .txt file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test: str | None = field(default=None, metadata={"help": "File or split to evaluate on."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of what is not clustered: auto, bfloat16, float32."})
+    bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight (default 4)."})
+    group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})
+    num_clusters: int | None = field(default=None, metadata={"help": "Dense model: centroids per codebook."})
+    scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
+    rank: int = field(
+        default=ClusCompConfig.rank,
+        metadata={"help": "The knob for capacity: about as many numbers as LoRA of this rank. Merging stores them."},
+    )
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "Delta codebooks of every matrix, instead of rank; 1 adds no bits."}
+    )
+    train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales."})
+    delta_scale: float = field(default=ClusCompConfig.delta_scale, metadata={"help": "Unit of the deltas."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Layers to train (default: all)."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train whole."})
+    merge: bool = field(default=False, metadata={"help": "Also write base + adapter as a model of its own."})
+
+    def adapter_config(self) -> ClusCompConfig:
+        """The adapter that these arguments ask for."""
+        return ClusCompConfig(
+            task_type="CAUSAL_LM",
+            rank=self.rank,
+            num_blocks=self.num_blocks,
+            train_scales=self.train_scales,
+            delta_scale=self.delta_scale,
+            target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
+        )
+
+
+class RunsAnywhere:
+    """Goes before a config of TRL among the bases: without an accelerator, trains on the CPU in the model's dtype."""
+
+    def __post_init__(self) -> None:
+        # TRL asks for bf16 unless told otherwise, which the Trainer refuses on a machine without an accelerator.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = False if self.bf16 is None else self.bf16
+        super().__post_init__()
+
+
+class Base(NamedTuple):
+    """What an adapter is trained on: where it is, true bits per weight, and what was loaded from there."""
+
+    path: str
+    bits: float
+    model: Any
+    tokenizer: Any
+
+
+def load_base(script: ScriptArguments, output_dir: str, conversations: bool) -> Base:
+    """The compressed model to train, made in `output_dir/base` first if it is dense; for `conversations` with a
+    tokenizer that has a chat template.
+    """
+    own = os.path.join(output_dir, "base")
+    with PartialState().main_process_first():
+        path = compressed_base(script, own)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if conversations and tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        if path == own:
+            tokenizer.save_pretrained(path)  # evaluation on the base shall read conversations as training did
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=script.dtype)
+    return Base(path, true_bits(model), model, tokenizer)
+
+
+def compressed_base(script: ScriptArguments, folder: str) -> str:
+    """The compressed checkpoint to train: the model itself, or what is made of a dense one in `folder`."""
+    config = AutoConfig.from_pretrained(script.model_name_or_path)
+    if getattr(config, "quantization_config", None) is not None:
+        return script.model_name_or_path
+    quantization = ClusCompQuantizationConfig(
+        bits=script.bits, group_size=script.group_size, num_clusters=script.num_clusters, scales=script.scales
+    )
+    if os.path.isdir(folder):
+        # A run that was interrupted or is repeated: the base is there already, if it was made with these settings.
+        made = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
+        made = {**made, **read_report(folder)["summary"]}
+        wanted = {**quantization.to_dict(), "source": script.model_name_or_path, "dtype": script.dtype}
+        for key in ("source", "dtype", "bits", "group_size", "num_clusters", "scales"):
+            if made.get(key) != wanted[key]:
+                raise SystemExit(
+                    f"{folder} was made with {key}={made.get(key)!r}, not {wanted[key]!r}; remove it or choose "
+                    "another --output_dir."
+                )
+        return folder
+    compress_checkpoint(script.model_name_or_path, folder, quantization, dtype=script.dtype)
+    return folder
+
+
+def load_splits(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+    """Data to train on and, if any are named, to evaluate on."""
+    train = load_data(script.dataset_name, script.dataset_config, script.dataset_train_split)
+    if script.dataset_test is None:
+        return train, None
+    if os.path.isfile(script.dataset_test):
+        return train, load_data(script.dataset_test, None, "train")
+    return train, load_data(script.dataset_name, script.dataset_config, script.dataset_test)
+
+
+def load_data(name: str, config: str | None, split: str) -> Dataset:
+    """A file, or a split of a data set of the hub."""
+    if os.path.isfile(name):
+        kind = "json" if name.removesuffix(".xz").endswith((".jsonl", ".json")) else "text"
+        return load_dataset(kind, data_files=name, split="train")
+    return load_dataset(name, name=config, split=split)
+
+
+def train_and_save(trainer: Any, script: ScriptArguments, base: Base) -> None:
+    """Trains, writes the adapter and, with `--merge`, the merged model, and says where they are."""
+    folder = trainer.args.output_dir
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(folder)
+    done = [f"adapter in {folder}, base in {base.path} at {base.bits:.3f} true bits per weight"]
+    if script.merge:
+        merged_dir = os.path.join(folder, "merged")
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(merged_dir)
+        base.tokenizer.save_pretrained(merged_dir)
+        done.append(f"merged in {merged_dir} at {true_bits(merged):.3f} true bits per weight")
+    trainer.accelerator.print("\n".join(done))
