@@ -118,7 +118,7 @@ def run(folder: str, options: argparse.Namespace) -> None:
         ),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        peft_config=ClusCompConfig(task_type="CAUSAL_LM"),
+        peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=1),  # merging adds no codebooks
     )
     trainer.train()
     trainer.save_model(adapter_dir)

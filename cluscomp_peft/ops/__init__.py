@@ -94,6 +94,14 @@ def _linear_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """In their own dtype, even where backward runs inside the user's autocast region."""
+    if not torch.amp.is_autocast_available(left.device.type):
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
     x, codes, codebook, scale_in, scale_out, residual = ctx.saved_tensors
     wants = ctx.needs_input_grad
@@ -101,8 +109,9 @@ def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
     flat_grad = grad_output.reshape(-1, ctx.out_features)
     flat_x = x.reshape(-1, x.shape[-1])
     if wants[0]:
-        weight = DECODE(codes, codebook, scale_in, scale_out, residual, ctx.out_features, grad_output.dtype)
-        grad_x = (flat_grad @ weight).view(x.shape)
+        dtype = cpu.product_dtype(flat_grad.dtype) if x.device.type == "cpu" else flat_grad.dtype
+        weight = DECODE(codes, codebook, scale_in, scale_out, residual, ctx.out_features, dtype)
+        grad_x = _product(flat_grad.to(dtype), weight).to(x.dtype).view(x.shape)
     if wants[2] or wants[3] or wants[4]:
         grads = CODEBOOK_GRAD(flat_x, flat_grad, codes, codebook, scale_in, scale_out, residual)
         grad_codebook = grads[0].to(codebook.dtype) if wants[2] else None

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from ..codes import code_bits, num_groups
 from . import reference
 
-__all__ = ["MAX_FEW_TOKENS", "codebook_grad", "decode", "linear"]
+__all__ = ["MAX_FEW_TOKENS", "codebook_grad", "decode", "linear", "product_dtype"]
 
 MAX_FEW_TOKENS = 16
 _FEWEST_TOKENS = 4  # whose sums are kept in registers
@@ -67,6 +67,11 @@ def _multiplies_bf16() -> bool:
     Xeon with AVX512-BF16 1.7 times as long), and rounds what need not be rounded."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients of `dtype` are multiplied fastest, nothing lost."""
+    return torch.float32 if dtype == torch.bfloat16 and not _multiplies_bf16() else dtype
 
 
 @functools.cache
