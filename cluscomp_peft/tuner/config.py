@@ -38,8 +38,8 @@ class ClusCompConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Other modules to train and save whole.
         bias (`str`): "none", "all" or "cluscomp_only".
         rank (`int`): The knob for capacity: each matrix gets as many delta codebooks, each for a block of consecutive
-            input channels, as hold no more numbers than LoRA of this rank, `rank · (in + out)`; at least one. Merging
-            then stores so many codebooks.
+            input channels, as hold no more numbers than LoRA of this rank, `rank · (in + out)`, scales counted; at
+            least one. Merging then stores so many codebooks.
         num_blocks (`int`, *optional*): Delta codebooks of every matrix, instead of `rank`; 1 keeps the bits of the
             base on merging.
         train_scales (`bool`, *optional*): Train a scale per input and output channel too, 16 bits each after merging.
@@ -167,13 +167,16 @@ class ClusCompConfig(PeftConfig):
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
         """How many delta codebooks a matrix [out, in] stored as `spec` gets.
 
-        By `rank` only 1, 2, 3, 4, 6, 8, 12 …: merging adapters of different ranks stores the least common multiple.
+        By `rank` a number of three significant bits: merging adapters of different ranks stores the least common
+        multiple of theirs.
         """
         if self.num_blocks is not None:
             return self.num_blocks
-        numbers = self.rank * (in_features + out_features)
-        most = min(in_features, numbers // (spec.num_clusters * spec.group_size))
-        return max([1, *(step << k for step in (1, 3) for k in range(most.bit_length()) if step << k <= most)])
+        # Scales, one for each channel, are as many numbers as one rank.
+        rank = self.rank - (self.train_scales is not False)
+        most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))
+        spare = max(0, most.bit_length() - 3)
+        return max(1, most >> spare << spare)
 
     def scales_of(self, spec: ClusterSpec) -> tuple[bool, bool]:
         """Whether scales of the input and of the output channels of a matrix stored as `spec` are trained."""

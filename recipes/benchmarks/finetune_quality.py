@@ -6,7 +6,7 @@
 
     full            every weight of the dense model                    full linears    its linear layers alone
     lora, dora      rank 16 on the dense model                         qlora           rank 16 on bitsandbytes NF4
-    lora BITS       rank 16 on the compressed model, decoded
+    lora BITS       rank 16 on the compressed model of the first of --bits, decoded
     cluscomp BITS rRANK   ClusCompConfig(rank=RANK) on the compressed model of at most BITS true bits
 
 MODEL is compressed with the defaults of `cluscomp compress --calibration PRETRAINING`, once for each number of bits.
@@ -97,9 +97,9 @@ class Benchmark:
                 self.runs = content["runs"]
 
     def methods(self) -> list[str]:
-        found = ["full", "full linears", "lora", "dora", "qlora"]
+        found = ["full", "full linears", "lora", "dora", "qlora", f"lora {self.options.bits[0]:g}"]
         for bits in self.options.bits:
-            found += [f"lora {bits:g}", *(f"cluscomp {bits:g} r{rank}" for rank in self.options.ranks)]
+            found += [f"cluscomp {bits:g} r{rank}" for rank in self.options.ranks]
         return [method for method in found if not self.options.only or method.split()[0] in self.options.only]
 
     def table(self) -> None:
@@ -191,10 +191,10 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
         documents, held_out = documents[: -options.hold_out], documents[-options.hold_out :]
     else:
         held_out = read_documents(options.valid, tokenizer)
-    train = token_windows(documents, tokenizer, options.seqlen)
-    valid = token_windows(held_out, tokenizer, options.seqlen, max_tokens=20_000)
+    train = full_windows(documents, tokenizer, options.seqlen)
+    valid = full_windows(held_out, tokenizer, options.seqlen, max_tokens=20_000)
     before_text = read_documents(options.pretraining, tokenizer)[-50:]
-    pretraining = token_windows(before_text, tokenizer, options.seqlen, max_tokens=20_000)
+    pretraining = full_windows(before_text, tokenizer, options.seqlen, max_tokens=20_000)
     start = read_status("VmRSS")
     _forget_peak()
 
@@ -244,6 +244,12 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     return result
 
 
+def full_windows(documents: list[str], tokenizer: Any, length: int, max_tokens: int | None = None) -> torch.Tensor:
+    """Windows [count, length]; what does not fill the last one is left out."""
+    windows = token_windows(documents, tokenizer, length, max_tokens=max_tokens)
+    return torch.cat([window for window in windows if window.shape[1] == length])
+
+
 def prepared(method: str, dense: Any, options: argparse.Namespace) -> tuple[Any, float]:
     """The model ready to train, and the true bits of what lies under the adapter."""
     kind, *rest = method.split()
@@ -256,7 +262,8 @@ def prepared(method: str, dense: Any, options: argparse.Namespace) -> tuple[Any,
     if kind == "cluscomp":
         model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
         rank = int(rest[1].removeprefix("r"))
-        return get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=rank)), true_bits(model)
+        bits = true_bits(model)
+        return get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=rank)), bits
     bits = 32.0
     if rest:
         model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
