@@ -185,12 +185,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(sft, kind, tmp_path):
     assert changed(resumed.model, expected) == set()
 
 
-def test_eight_bit_adamw_trains(sft):
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bit_adamw_trains(sft, optim):
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
     # bitsandbytes keeps states of fewer than 4096 numbers in fp32; these codebooks have as many.
     config = ClusCompConfig(task_type="CAUSAL_LM", group_size=2, num_clusters=128, num_blocks=16)
-    trainer = sft("born", config=config, optim="adamw_8bit", max_steps=2)
+    trainer = sft("born", config=config, optim=optim, max_steps=2)
     before = snapshot(trainer.model)
     try:
         trainer.train()
@@ -200,6 +201,16 @@ def test_eight_bit_adamw_trains(sft):
     states = [state for state in trainer.optimizer.state.values() if "state1" in state]
     assert {state["state1"].dtype for state in states} == {torch.uint8}
     assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_fused_adamw_takes_the_steps_of_the_plain_one(sft, tmp_path):
+    runs = [
+        sft("compressed", folder=tmp_path / optim, optim=optim, max_steps=3)
+        for optim in ("adamw_torch_fused", "adamw_torch")
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
 
 
 # -- DPO

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from cluscomp_peft import ClusCompConfig, ClusCompLayer, ClusteredLinear
+from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.hf.evaluate import true_bits
 from cluscomp_peft.linear import count_parameters
 
@@ -368,6 +369,21 @@ def test_true_bits_do_not_count_copies_of_the_head(compressed_dir):
     bits = true_bits(model)
     model = get_peft_model(model, config_for("compressed", num_blocks=1, modules_to_save=["lm_head"]))
     assert true_bits(model) == bits
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (4096, 11008), (128, 384), (24, 8)])
+@pytest.mark.parametrize("rank", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("spec", [ClusterSpec(1, 16), ClusterSpec(2, 256), ClusterSpec(3, 2048), ClusterSpec(4, 9)])
+def test_a_rank_trains_no_more_numbers_than_lora_of_it(shape, rank, spec):
+    out_features, in_features = shape
+    config = ClusCompConfig(rank=rank)
+    blocks = config.blocks_of(spec, in_features, out_features)
+    numbers = blocks * spec.num_clusters * spec.group_size + sum(shape)
+    budget = rank * sum(shape)
+    assert 1 <= blocks <= in_features and (blocks == 1 or numbers <= budget)
+    # and hardly fewer: the next number of three significant bits would be too many
+    more = blocks // 4 + 1
+    assert blocks + more > in_features or numbers + more * spec.num_clusters * spec.group_size > budget
 
 
 def test_parameters_are_counted_as_weights(dense_dir, compressed_dir):
