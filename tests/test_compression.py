@@ -44,6 +44,7 @@ from cluscomp_peft.compress.pipeline import Calibration
 from cluscomp_peft.compress.source import DenseCheckpoint
 from cluscomp_peft.compress.streams import Stream
 from cluscomp_peft.hf import compression
+from cluscomp_peft.hf import target as target_folder
 from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.quantizer import model_fingerprint
 from cluscomp_peft.layout import expand
@@ -348,9 +349,9 @@ def interrupted(monkeypatch, owner, name: str, call: int, after: bool) -> None:
         (Journal, "save_tensors", 2, True),
         (Stream, "write", 5, False),  # between the two streams of a block
         (compression, "_finish", 1, False),
-        (compression, "_move", 1, False),
-        (compression, "_write", 2, True),  # some of the texts
-        (compression, "_tidy", 1, False),
+        (compression, "move", 1, False),
+        (compression, "write_text", 2, True),  # some of the texts
+        (target_folder, "_tidy", 1, False),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -641,7 +642,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(place, dense, text, undis
         "shard": (Journal, "save_tensors", 2),
         "stream": (Stream, "write", 5),
         "journal": (Journal, "commit", 4),
-        "report": (compression, "_write", 2),
+        "report": (compression, "write_text", 2),
     }[place]
     with monkeypatch.context() as patch:
         original, calls = getattr(owner, name), []

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .._version import __version__
@@ -30,7 +28,7 @@ from ..compress.allocation import Demand, allocate
 from ..compress.block import BlockSettings
 from ..compress.blocks import BlockModel
 from ..compress.calibration import read_documents, token_windows
-from ..compress.journal import JOURNAL, LOCK, Journal, replace_file
+from ..compress.journal import Journal
 from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
 from ..compress.sensitivity import measure_sensitivity
 from ..compress.source import DenseCheckpoint
@@ -38,15 +36,15 @@ from ..layout import summarize
 from ..linear import weight_of
 from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
 from .config import ClusCompQuantizationConfig
+from .model_card import model_card
 from .quantizer import choose_specs, chosen_layers
 from .report_page import render_report
+from .target import ONE_NAME, check_target, join_shards, move, write_text
 
 __all__ = ["compress_checkpoint", "write_page"]
 
 PAGE_NAME = "report.html"
 _SENSITIVITY_TOKENS = 16384
-_ONE_NAME = "model.safetensors"
-_ONE_FILE = 1 << 26  # bytes of weights up to which shards are joined in the end
 _MARGIN = 4096  # bytes of a size budget that stay free for what is written last
 
 
@@ -98,7 +96,7 @@ def compress_checkpoint(
     started = time.perf_counter()
     config = copy.deepcopy(config)  # layout and fingerprint are written into it
     check_folder(source)
-    _check_target(source, target, overwrite)
+    check_target(source, target, overwrite)
     model_config = AutoConfig.from_pretrained(source)
     if getattr(model_config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised already; compress the dense model.")
@@ -139,7 +137,7 @@ def compress_checkpoint(
             tokenizer.save_pretrained(work)
         specs = _specs(model, layers, config, dense, kept, journal, given, size)
         result = compress_shards(model, dense, specs, journal, settings=settings, dtype=kept, calibration=given)
-        _join(work, result["shards"])
+        join_shards(work, result["shards"])
         squares = [(entry["squared_error"], entry["squared_norm"]) for entry in result["matrices"].values()]
         weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
         summary = {
@@ -159,7 +157,7 @@ def compress_checkpoint(
         }
         model_config.dtype = kept
         _finish(work, name, model, model_config, config, specs, result, summary)
-        _move(work, os.path.join(parent, name))
+        move(work, os.path.join(parent, name))
     except BaseException as error:
         # What is wrong with model, text or settings stays wrong; a full disk, a signal or a crash does not.
         if isinstance(error, ValueError) or not journal.content.get("done"):
@@ -189,7 +187,7 @@ def write_page(path: str, page: str) -> None:
     report = read_report(folder)
     if not report["matrices"]:
         raise ValueError(f"{path} has no {REPORT_NAME}, which the page is drawn from; compress the model again.")
-    _write(page, render_report(os.path.basename(os.path.abspath(path)), report))
+    write_text(page, render_report(os.path.basename(os.path.abspath(path)), report))
 
 
 def _specs(
@@ -288,65 +286,13 @@ def _finish(
     texts = {
         REPORT_NAME: json.dumps(report, indent=1),
         PAGE_NAME: render_report(name, report),
-        "README.md": _model_card(name, summary, len(report["matrices"]), report["losses"]),
+        "README.md": model_card(name, summary, len(report["matrices"]), report["losses"]),
     }
-    if not os.path.exists(os.path.join(work, _ONE_NAME)):
+    if not os.path.exists(os.path.join(work, ONE_NAME)):
         index = {"metadata": {"total_size": total}, "weight_map": places}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=1)
     for file_name, text in texts.items():
-        _write(os.path.join(work, file_name), text)
-
-
-def _join(work: str, shards: dict[str, dict[str, int]]) -> None:
-    """One file of the shards of a small model."""
-    if sum(map(sum, (keys.values() for keys in shards.values()))) > _ONE_FILE:
-        return
-    whole = os.path.join(work, _ONE_NAME)
-    if not os.path.exists(whole):
-        tensors = {}
-        for shard in shards:
-            tensors.update(load_file(os.path.join(work, shard)))
-        replace_file(whole, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    for shard in shards:
-        if os.path.exists(os.path.join(work, shard)):
-            os.remove(os.path.join(work, shard))
-
-
-def _write(path: str, text: str) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    replace_file(path, write)
-
-
-def _move(work: str, target: str) -> None:
-    """The working folder, without what only a run needs, becomes the target.
-
-    The journal goes last: until the target is in its place, a run that is interrupted goes on.
-    """
-    for entry in list(os.scandir(work)):
-        if entry.name.startswith(("dense.", "compressed.")):
-            os.remove(entry.path)
-    if os.path.isdir(target):
-        # Set aside first: at no moment is there neither the old checkpoint nor the new one.
-        shutil.rmtree(_old(target), ignore_errors=True)
-        os.rename(target, _old(target))
-    os.rename(work, target)
-    _tidy(target)
-
-
-def _tidy(target: str) -> None:
-    """Removes what a run leaves beside a finished checkpoint."""
-    for name in (LOCK, JOURNAL):
-        if os.path.exists(os.path.join(target, name)):
-            os.remove(os.path.join(target, name))
-    shutil.rmtree(_old(target), ignore_errors=True)
-
-
-def _old(target: str) -> str:
-    parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.old")
+        write_text(os.path.join(work, file_name), text)
 
 
 def _peak_memory() -> int:
@@ -394,61 +340,8 @@ def _dtype(dtype: str, model_config: Any, dense: DenseCheckpoint) -> torch.dtype
     return max(sizes, key=lambda kind: sizes[kind])
 
 
-def _check_target(source: str, target: str, overwrite: bool) -> None:
-    target = os.path.abspath(target)
-    if os.path.isfile(os.path.join(target, JOURNAL)):
-        _tidy(target)  # a run was killed at its very last step
-    if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
-        return
-    if os.path.commonpath([os.path.realpath(target), os.path.realpath(source)]) == os.path.realpath(target):
-        raise ValueError(f"{target} is the dense model itself, or holds it; choose another folder.")
-    if not overwrite:
-        raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
-    if not os.path.isfile(os.path.join(target, "config.json")):
-        raise ValueError(f"{target} holds something that is no model, which --overwrite does not touch; remove it.")
-
-
 def _tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError):
         return None  # a model of token ids alone; only calibration text would need one
-
-
-def _model_card(name: str, summary: dict[str, Any], matrices: int, losses: dict[str, float]) -> str:
-    calibration = summary["calibration"] or "none"
-    measured = "no task was measured"
-    if losses:
-        measured = (
-            f"on held-out calibration text, the loss is {losses['compressed']:.4f} nats per token, that of the dense "
-            f"model {losses['dense']:.4f}; no task was measured"
-        )
-    return f"""---
-library_name: transformers
-tags:
-- cluscomp
-base_model: {summary["source"]}
----
-# {name}
-
-`{summary["source"]}`, compressed with ClusComp: {matrices} weight matrices are stored as integer codes and codebooks.
-
-| true bits per weight | relative error of the weights | weight files | calibration text |
-|---|---|---|---|
-| {summary["true_bits"]:.3f} | {summary["relative_error"]:.4f} | {summary["bytes"] / 1e6:.1f} MB | {calibration} |
-
-True bits count codes, codebooks and scales of the clustered matrices. The relative error is ‖W − Ŵ‖ / ‖W‖ over all of
-them; {measured}.
-
-```python
-import cluscomp_peft  # registers the format; without it transformers loads random weights
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-model = get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM"))  # to finetune the codebooks
-```
-
-Method: ClusComp, Liao et al., "ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning", Findings
-of ACL 2025, arXiv:2503.13089.
-"""

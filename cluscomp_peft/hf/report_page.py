@@ -10,12 +10,13 @@ A *kind* is a matrix name without its block number: `model.layers.7.mlp.up_proj`
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
+
+from .model_card import loading_example
 
 __all__ = ["render_report"]
 
@@ -59,12 +60,7 @@ _PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>
 {sections}
 <h2>Load it</h2>
-<pre><code>import cluscomp_peft  # registers the format; without it transformers loads random weights
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({name})
-model = get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM"))  # to finetune the codebooks
+<pre><code>{example}
 </code></pre>
 <h2>Method</h2>
 <p>ClusComp: Liao et al., “ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning”, Findings of ACL
@@ -101,9 +97,9 @@ def render_report(title: str, report: dict[str, Any]) -> str:
         _losses(_numbers(report.get("losses"))),
         _times(_numbers(summary.get("stages")), _number(summary.get("seconds"))),
     ]
-    name = _text(json.dumps(title, ensure_ascii=False))
+    example = _text(loading_example(title))
     table = _matrix_table(matrices)
-    return _PAGE.format(title=_text(title), name=name, style=_STYLE, sections="\n".join(sections), table=table)
+    return _PAGE.format(title=_text(title), example=example, style=_STYLE, sections="\n".join(sections), table=table)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

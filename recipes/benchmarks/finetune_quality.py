@@ -50,7 +50,7 @@ from cluscomp_peft.hf.evaluate import true_bits
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RANK = 16
-RATES = {"full": (1e-3, 3e-3, 1e-2), "lora": (1e-2, 2e-2, 4e-2), "cluscomp": (1e-4, 2e-4, 4e-4)}
+RATES = {"full": (1e-2, 2e-2, 4e-2), "lora": (1e-2, 2e-2, 4e-2), "cluscomp": (1e-4, 2e-4, 4e-4)}
 
 
 def main() -> None:
