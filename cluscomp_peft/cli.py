@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
-from . import ClusCompQuantizationConfig
+from . import ClusCompConfig, ClusCompQuantizationConfig
 from .clustering import QUALITIES
 
 __all__ = ["main"]
@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--seqlen", type=int, default=1024, help="tokens of a sequence")
     plan.add_argument("--batch", type=int, default=1, help="sequences at once")
     plan.add_argument("--dtype", default="bfloat16", choices=_DTYPES[1:], help="of activations and what stays dense")
-    plan.add_argument("--rank", type=int, default=8, help="trained numbers, as those of LoRA of this rank")
+    plan.add_argument(
+        "--rank", type=int, default=ClusCompConfig.rank, help="trained numbers, as those of LoRA of this rank"
+    )
     plan.add_argument("--num-blocks", type=int, help="delta codebooks of every matrix, instead of --rank")
     plan.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_8bit"))
     plan.add_argument(

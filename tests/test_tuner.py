@@ -179,6 +179,16 @@ def test_weighted_sums_keep_the_capacity_of_one_rank(base, tokens, tmp_path):
     assert (model.peft_config["sum"].rank, model.peft_config["sum"].num_blocks) == (4, None)
 
 
+@pytest.mark.parametrize("other", [{"train_scales": False}, {"rank": 2}, {"num_blocks": 1}])
+def test_weighted_sums_refuse_different_capacities(compressed_dir, other):
+    model = AutoModelForCausalLM.from_pretrained(compressed_dir)
+    model = get_peft_model(model, config_for("compressed", rank=3))
+    model.add_adapter("other", config_for("compressed", **{"rank": 3, **other}))
+    with pytest.raises(ValueError, match="different capacity"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert set(model.peft_config) == {"default", "other"}
+
+
 def test_weighted_sums_refuse_nonsense(base):
     model, kind = base
     model = get_peft_model(model, config_for(kind))

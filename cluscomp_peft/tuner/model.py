@@ -280,12 +280,15 @@ class ClusCompModel(BaseTuner):
         config = copy.copy(configs[0])
         config.settle()
         config.target_modules, config.init_weights = set(layers), True
-        flags = [other.train_scales for other in configs]
-        config.train_scales = True if True in flags else None if None in flags else False
-        if len({(other.rank, other.num_blocks) for other in configs}) > 1:
-            deltas = [delta for layer in layers.values() for delta in layer.deltas(adapters)]
-            config.num_blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
-            config.train_scales = any(delta.scale_in is not None or delta.scale_out is not None for delta in deltas)
+        blocks, flags = [other.num_blocks for other in configs], [other.train_scales for other in configs]
+        if None not in blocks:
+            config.num_blocks = math.lcm(*blocks)
+            config.train_scales = True if True in flags else None if None in flags else False
+        elif len({(other.rank, other.num_blocks, other.train_scales) for other in configs}) > 1:
+            raise ValueError(
+                f"adapters of different capacity cannot be added up: rank {[other.rank for other in configs]}, "
+                f"num_blocks {blocks}, train_scales {flags}. Give all of them the same rank, or all num_blocks."
+            )
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():

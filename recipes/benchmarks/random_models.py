@@ -137,7 +137,9 @@ def build(shape: Shape, method: str, device: str | torch.device, seed: int = 0) 
     return model.eval()
 
 
-def prepare(model: LlamaForCausalLM, method: str, checkpointing: bool, rank: int = 8) -> tuple[Any, Any]:
+def prepare(
+    model: LlamaForCausalLM, method: str, checkpointing: bool, rank: int = ClusCompConfig.rank
+) -> tuple[Any, Any]:
     """The model as it is trained, and AdamW over what it trains."""
     if checkpointing:
         settings = {"use_reentrant": False}
@@ -177,7 +179,7 @@ def forecast_training(
     device: str | torch.device,
     checkpointing: bool,
     batch: int = 1,
-    rank: int = 8,
+    rank: int = ClusCompConfig.rank,
 ) -> int | None:
     """Bytes that `cluscomp_peft.plan` foretells for training a clustered method, None for others: model, deltas and
     activations, without what it allows for the framework (imports, CUDA's context, fragmentation), which the peaks

@@ -52,7 +52,7 @@ from random_models import (
 from timing import forget_peak, interleaved, is_cuda, peaks, ratio
 from transformers import DynamicCache
 
-from cluscomp_peft import ClusteredLinear
+from cluscomp_peft import ClusCompConfig, ClusteredLinear
 
 METHODS = ["dense", "nf4", "cluscomp-4", "cluscomp-3", "cluscomp-2"]
 PREFIX = 16  # tokens in the cache when a token is timed
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="dense, nf4, cluscomp-BITS")
-    parser.add_argument("--rank", type=int, default=8, help="of ClusComp, its default")
+    parser.add_argument("--rank", type=int, default=ClusCompConfig.rank, help="of ClusComp")
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"], help="of gradients")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of every method")
     parser.add_argument("--token-rounds", type=int, default=30, help="timed tokens of every method")
