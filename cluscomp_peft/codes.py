@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from .placement import shape_of
+
 __all__ = [
     "MAX_CODE_BITS",
     "MAX_GROUP_SIZE",
@@ -80,7 +82,7 @@ class ClusterSpec:
     @classmethod
     def of(cls, codebook: torch.Tensor, scale_in: torch.Tensor | None, scale_out: torch.Tensor | None) -> ClusterSpec:
         """The spec of a matrix stored with these tensors, codebook [m, n, g]."""
-        blocks, clusters, group_size = codebook.shape
+        blocks, clusters, group_size = shape_of(codebook)
         return cls(group_size, clusters, blocks, scale_in is not None, scale_out is not None)
 
     @property
@@ -207,17 +209,20 @@ def fingerprint(packed: torch.Tensor, out_features: int, spec: ClusterSpec) -> s
     return digest.hexdigest()[:32]
 
 
-def value_fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Digest of floating-point tensors, in order, whatever their dtype."""
+def value_fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
+    """Digest of floating-point tensors, in order, whatever their dtype; None are passed over."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        if tensor is None:
+            continue
         digest.update(memoryview(tensor.detach().cpu().float().contiguous().numpy()).cast("B"))
     return digest.hexdigest()[:32]
 
 
-def combine_fingerprints(fingerprints: Iterable[str]) -> str:
-    """Digest of the digests of several matrices, in order."""
-    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:32]
+def combine_fingerprints(fingerprints: Iterable[str | None]) -> str | None:
+    """Digest of the digests of several matrices, in order; None if one of them is not known."""
+    known = list(fingerprints)
+    return None if None in known else hashlib.sha256(" ".join(map(str, known)).encode()).hexdigest()[:32]
 
 
 def _check_bits(bits: int) -> None:

@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .codes import ClusterSpec, fingerprint, num_groups, packed_width, value_fingerprint
+from .offloading import offload_hook, store, stored, taken_away_on_error
+from .placement import is_whole
 
 __all__ = [
     "ClusteredLinear",
@@ -116,15 +118,9 @@ class ClusteredLinear(nn.Module):
                 layer.set_parameter(name, value)
         return layer
 
-    def set_parameter(self, name: str, value: torch.Tensor) -> None:
-        """Replaces a parameter by `value`, frozen unless it is a trained bias.
-
-        Writes into `_parameters`: accelerate's `init_empty_weights`, which PEFT holds while it builds layers under
-        `low_cpu_mem_usage`, patches registration and would send real tensors to the meta device.
-        """
-        if not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=False)
-        self._parameters[name] = value
+    def set_parameter(self, name: str, value: torch.Tensor | None) -> None:
+        """Replaces a parameter by `value`, frozen unless it is a trained bias, wherever it is kept."""
+        store(self, name, value)
 
     @property
     def spec(self) -> ClusterSpec:
@@ -153,12 +149,15 @@ class ClusteredLinear(nn.Module):
         """The weight [out, in] with `deltas` applied, in `dtype` (by default the codebook's)."""
         with torch.no_grad():
             codebook, scale_in, scale_out = self.effective(deltas)
-            dtype = dtype or self.codebook.dtype
-            return ops.decode(self.codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype)
+            dtype, codes = dtype or self.codebook.dtype, stored(self, "codes")
+            assert codes is not None
+            return ops.decode(codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype)
 
     def effective(self, deltas: Sequence[Delta]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
-        return apply_deltas(self.codebook, self.scale_in, self.scale_out, deltas)
+        codebook, scale_in, scale_out = self._values()
+        assert codebook is not None
+        return apply_deltas(codebook, scale_in, scale_out, deltas)
 
     def merge(self, deltas: Sequence[Delta]) -> None:
         """Writes `deltas` into codebook and scales, exactly."""
@@ -171,6 +170,12 @@ class ClusteredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
+        if offload_hook(self) is None:
+            return self._forward(x, deltas)
+        with taken_away_on_error(self):
+            return self._forward(x, deltas)
+
+    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
         codebook, scale_in, scale_out = self.effective(deltas)
         return ops.linear(
             x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
@@ -185,29 +190,38 @@ class ClusteredLinear(nn.Module):
             else:
                 dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         dense._parameters["weight"] = nn.Parameter(self._orient(self.decode(dtype)).contiguous(), requires_grad=False)
-        dense._parameters["bias"] = self.bias
+        bias = stored(self, "bias")
+        dense._parameters["bias"] = bias if bias is self.bias else nn.Parameter(bias, requires_grad=False)
         return dense
 
-    def fingerprint(self) -> str:
-        """Digest of the codes, remembered until they change."""
-        key = (self.codes.data_ptr(), self.codes._version)
+    def fingerprint(self) -> str | None:
+        """Digest of the codes, remembered until they change; None if they are elsewhere and were never here."""
+        hook = offload_hook(self) if self.codes.is_meta else None
+        if hook is None and not is_whole(self.codes):
+            return None if self._fingerprint is None else self._fingerprint[1]
+        # Offloaded codes are read once: they change only with the map that leads to them.
+        key = (self.codes.data_ptr(), self.codes._version) if hook is None else (id(hook.weights_map), 0)
         if self._fingerprint is None or self._fingerprint[0] != key:
-            self._fingerprint = (key, fingerprint(self.codes, self.out_features, self.spec))
+            codes = stored(self, "codes")
+            if codes is None or codes.is_meta:
+                return None
+            self._fingerprint = (key, fingerprint(codes, self.out_features, self.spec))
         return self._fingerprint[1]
-
-    def codes_on_meta(self) -> bool:
-        """Whether the codes are not in memory: offloaded, or still to be loaded."""
-        return self.codes.device.type == "meta"
 
     def codebook_fingerprint(self) -> str:
         """Digest of codebook and scales, which training and merging change while the codes stay."""
-        parts = (self.codebook, self.scale_in, self.scale_out)
-        return value_fingerprint([part for part in parts if part is not None])
+        return value_fingerprint(self._values())
 
     def extra_repr(self) -> str:
         spec = ", ".join(f"{key}={value}" for key, value in self.spec.to_dict().items())
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {spec}"
+
+    def _values(self) -> tuple[torch.Tensor | None, ...]:
+        """Codebook [m, n, g] and scales, wherever they are."""
+        if not self.codebook.is_meta:  # in a call they always are in place; compilers need not look further
+            return self.codebook, self.scale_in, self.scale_out
+        return stored(self, "codebook"), stored(self, "scale_in"), stored(self, "scale_out")
 
     def _orient(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if self.conv1d else weight

@@ -70,7 +70,8 @@ class RunsAnywhere:
     def __post_init__(self) -> None:
         # TRL asks for bf16 unless told otherwise, which the Trainer refuses on a machine without an accelerator.
         if not torch.accelerator.is_available():
-            self.use_cpu = True
+            # use_cpu would turn DeepSpeed off, which finds the CPU by itself.
+            self.use_cpu = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true"
             self.bf16 = False if self.bf16 is None else self.bf16
         super().__post_init__()
 

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.core_model_loading import ConversionOps
@@ -28,7 +30,9 @@ from ..compress.pipeline import TOGETHER
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..offloading import hooks_of, offload_hook
 from .config import ClusCompQuantizationConfig
+from .refusals import refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -50,9 +54,37 @@ class ClusCompHfQuantizer(HfQuantizer):
         # transformers logs what a conversion raises and goes on with the next tensor; the first error is kept here,
         # ends the clustering of the others, and is raised when loading is over.
         self.failure: Exception | None = None
+        # Of a model with offloaded weights; PEFT takes them off when it loads a saved adapter.
+        self.hooks: list[tuple[nn.Module, ModelHook]] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Asked with the map as given and, if that was "auto", with the one inferred; no weight is read before.
+
+        Raises:
+            ValueError: If weights that are to be clustered on the fly would be offloaded.
+        """
+        if not self.pre_quantized:
+            refuse_offloading(device_map)
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element for `device_map="auto"`: of a weight clustered on the fly those of what will be stored.
+        A compressed checkpoint's own tensors are what they take.
+        """
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        name = param_name.rpartition(".")[0]
+        out_features, in_features = weight_of(model.get_submodule(name)).shape
+        return self._specs[name].num_bytes(in_features, out_features, self.quantization_config.dtype.itemsize) / (
+            param.numel()
+        )
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Keeps a tenth free for K-means on the fly; loading what is compressed needs nothing beside it."""
+        return max_memory if self.pre_quantized else {device: size * 0.9 for device, size in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        refuse_tensor_parallel(model)
         if not self.pre_quantized:
             self._specs = choose_specs(model, config)
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
@@ -87,9 +119,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             f"{name}.{key}"
             for name, module in clustered_linears(model)
             for key, parameter in module._parameters.items()
-            # Tensors offloaded to disk stay on meta and were not loaded by transformers; they are read when needed.
-            if key != "bias" and parameter is not None and parameter.device.type != "meta"
-            if self.pre_quantized and not getattr(parameter, "_is_hf_initialized", False)
+            if self.pre_quantized and key != "bias" and parameter is not None and not _arrived(module, key, parameter)
         ]
         if absent:
             shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
@@ -106,9 +136,11 @@ class ClusCompHfQuantizer(HfQuantizer):
             if self.failure is not None:
                 raise self.failure
             self._record(model)
-        elif config.fingerprint is not None and not _has_meta(model):
+            return model
+        self.hooks = hooks_of(model)
+        if config.fingerprint is not None:
             found = model_fingerprint(model)
-            if found != config.fingerprint:
+            if found not in (None, config.fingerprint):
                 raise ValueError(
                     f"the codes of this checkpoint are not the ones it was saved with (fingerprint {found}, "
                     f"config.json says {config.fingerprint}): a file is damaged or belongs to another model. Download "
@@ -170,10 +202,14 @@ class ClusCompHfQuantizer(HfQuantizer):
             if self._progress is not None:
                 self._progress.update(weight_of(dense).numel())
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # save_pretrained() asks before it writes config.json; merging may have changed how matrices are stored.
         self._record(model)
-        return None, {}
+        if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+            return None, {}
+        # transformers reads offloaded weights back only where its device_map offloaded them, not where
+        # accelerate.cpu_offload or disk_offload did.
+        return get_state_dict_offloaded_model(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -204,7 +240,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         if dtypes:
             self.quantization_config.codebook_dtype = dtypes.pop()
         self.quantization_config.layout = summarize(specs, names)
-        self.quantization_config.fingerprint = None if _has_meta(model) else model_fingerprint(model)
+        self.quantization_config.fingerprint = model_fingerprint(model)
         model.config.quantization_config = self.quantization_config
 
 
@@ -289,13 +325,17 @@ def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ClusteredLinear)]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Digest of the codes of every clustered layer."""
+def model_fingerprint(model: nn.Module) -> str | None:
+    """Digest of the codes of every clustered layer; None if some are offloaded and were never seen."""
     return combine_fingerprints(module.fingerprint() for _, module in clustered_linears(model))
 
 
-def _has_meta(model: nn.Module) -> bool:
-    return any(module.codes_on_meta() for _, module in clustered_linears(model))
+def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether loading found a parameter: in memory, or for its offloading hook to find."""
+    hook = offload_hook(module)
+    if hook is not None:
+        return key in hook.weights_map
+    return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
 
 
 def _matches(name: str, targets: list[str]) -> bool:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
 from ..linear import sum_deltas, weight_of
+from ..placement import is_whole
 from .config import ClusCompConfig
 from .layer import ClusCompLayer, refuse_non_finite
 
@@ -47,6 +48,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
             width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
             codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
+        self._digest: str | None = None
         # A dense weight takes scales for nothing, so they train unless the config says no.
         self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
         self._active_adapter = adapter_name
@@ -59,11 +61,10 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
     def base_spec(self) -> ClusterSpec:
         return self._spec
 
-    def fingerprint(self) -> str:
-        return fingerprint(self.codes, self.out_features, self._spec)
-
-    def codes_on_meta(self) -> bool:
-        return self.codes.device.type == "meta"
+    def fingerprint(self) -> str | None:
+        if is_whole(self.codes):
+            self._digest = fingerprint(self.codes, self.out_features, self._spec)
+        return self._digest
 
     def base_values(self) -> torch.Tensor:
         weight = self.base_tensor("weight")

@@ -20,12 +20,13 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..codes import ClusterSpec, value_fingerprint
 from ..linear import ClusteredLinear, Delta
+from ..offloading import execution_device, offload_hook, store, stored
+from ..placement import is_sharded, is_whole
 from .config import ClusCompConfig
 
 __all__ = ["ClusCompLayer", "ClusCompLinear", "refuse_non_finite"]
@@ -47,6 +48,15 @@ class DeltaWeights(nn.Module):
         self.codebook = zeros(spec.num_blocks, spec.num_clusters, spec.group_size)
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
+
+    def forward(self, unit: float, scale_unit: float) -> tuple[torch.Tensor | None, ...]:
+        """Codebook and scales in absolute units, fp32.
+
+        A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
+        """
+        units = (unit, scale_unit, scale_unit)
+        parts = (self.codebook, self.scale_in, self.scale_out)
+        return tuple(None if part is None else part.float() * unit for part, unit in zip(parts, units, strict=True))
 
 
 class ClusCompLayer(BaseTunerLayer):
@@ -72,7 +82,8 @@ class ClusCompLayer(BaseTunerLayer):
         # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
         self._pending: set[str] = set()
         self._absolute: set[str] = set()
-        self.cluscomp_fingerprint = BufferDict({}, persistent=True)
+        # Parameters and no buffers: accelerate shards whatever is in a state dict.
+        self.cluscomp_fingerprint = nn.ParameterDict({})
         self._home = device
 
     # -- adapters
@@ -81,16 +92,14 @@ class ClusCompLayer(BaseTunerLayer):
         """How the codes of this layer's base are stored."""
         raise NotImplementedError
 
-    def fingerprint(self) -> str:
-        """Digest of the codes of this layer's base."""
+    def fingerprint(self) -> str | None:
+        """Digest of the codes of this layer's base; None if they are elsewhere and were never here."""
         raise NotImplementedError
 
-    def codes_on_meta(self) -> bool:
-        """Whether the codes are not in memory: offloaded, or still to be loaded."""
-        raise NotImplementedError
-
-    def codebook_fingerprint(self) -> str:
-        """Digest of the base's codebook and scales without merged adapters; of nothing on a dense base."""
+    def codebook_fingerprint(self) -> str | None:
+        """Digest of the base's codebook and scales without merged adapters, of nothing on a dense base; None if they
+        are elsewhere and were never here.
+        """
         return ""
 
     def base_values(self) -> torch.Tensor:
@@ -117,7 +126,7 @@ class ClusCompLayer(BaseTunerLayer):
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
-        self.cluscomp_fingerprint[adapter_name] = torch.zeros(16, dtype=torch.uint8)
+        self.cluscomp_fingerprint[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
         if not config.expects_weights:
             self.sign(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -151,11 +160,7 @@ class ClusCompLayer(BaseTunerLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            values = {
-                key: parameter.float() * self.unit_of(name, key)
-                for key, parameter in self.cluscomp_delta[name].named_parameters()
-            }
-            found.append(Delta(**values))
+            found.append(Delta(*self.cluscomp_delta[name](*self._units[name])))
         return found
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
@@ -209,9 +214,10 @@ class ClusCompLayer(BaseTunerLayer):
 
     def sign(self, adapter_name: str) -> None:
         """Notes the digest of this layer's codes as those that the adapter belongs to."""
-        if not self.codes_on_meta():
-            digest = torch.tensor(list(bytes.fromhex(self.fingerprint())), dtype=torch.uint8)
-            self.cluscomp_fingerprint[adapter_name] = digest
+        found = self.fingerprint()
+        if found is not None:
+            self.cluscomp_fingerprint[adapter_name] = _frozen(digest_bytes(found))
+        self.codebook_fingerprint()  # remembered, for when the codebook is spread over processes
 
     def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:
         """Holds the digest that came with an adapter's weights against the codes of this layer.
@@ -222,16 +228,26 @@ class ClusCompLayer(BaseTunerLayer):
         if not bool(saved.any()):  # a file that was not written by this package's hooks
             return
         found = bytes(saved.cpu().tolist()).hex()
-        if found != self.fingerprint():
+        present = self.fingerprint()
+        if present not in (None, found):
             raise ValueError(
                 f"adapter {adapter_name!r} belongs to another base: it was made for codes with fingerprint {found}, "
-                f"but a layer of this model has {self.fingerprint()}. Load the base that the adapter was trained on."
+                f"but a layer of this model has {present}. Load the base that the adapter was trained on."
             )
 
     def train(self, mode: bool = True):
         """Also brings adapters that were loaded past PEFT's hook to units, in place, before an optimiser moves
         them.
+
+        Raises:
+            RuntimeError: If a trainable adapter is offloaded.
         """
+        for name, delta in self.cluscomp_delta.items() if mode else ():
+            if offload_hook(delta) is not None and any(value.requires_grad for value in delta.parameters()):
+                raise RuntimeError(
+                    f"adapter {name!r} was offloaded with the model, so that an optimiser cannot reach its numbers. "
+                    "Dispatch or offload the model first, and create or load the adapter then."
+                )
         if mode and self._absolute and not torch.compiler.is_compiling():
             for name in list(self._absolute):
                 if any(parameter.requires_grad for parameter in self.cluscomp_delta[name].parameters()):
@@ -245,7 +261,8 @@ class ClusCompLayer(BaseTunerLayer):
 
     def _refuse_unloaded(self, adapter_name: str) -> None:
         values = [*self.cluscomp_delta[adapter_name].parameters()]
-        values += [value for value in self.base_layer.parameters() if value.is_floating_point()]
+        base = [stored(self.base_layer, name) for name in self.base_layer._parameters]
+        values += [value for value in base if value is not None and value.is_floating_point()]
         if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
             raise RuntimeError(
                 f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
@@ -267,8 +284,14 @@ class ClusCompLayer(BaseTunerLayer):
             adapter_names (`list[str]`, *optional*): Which adapters.
 
         Raises:
+            RuntimeError: If the base is spread over processes.
             ValueError: If `safe_merge` finds NaN or infinite values.
         """
+        if any(is_sharded(value) for value in self.base_layer.parameters()):
+            raise RuntimeError(
+                "the model is spread over processes (FSDP2 or ZeRO-3) and cannot be merged there; save the adapter, "
+                "load it on the base in one process, and merge that."
+            )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
         if not names:
             return
@@ -286,7 +309,7 @@ class ClusCompLayer(BaseTunerLayer):
         self.merged_adapters = already + names
 
     def _keep(self, parameters: tuple[str, ...]) -> None:
-        self._unmerged = {name: self.base_layer._parameters[name] for name in parameters}
+        self._unmerged = {name: stored(self.base_layer, name) for name in parameters}
 
     def unmerge(self, warn: bool = True) -> None:
         """Restores the base layer as it was before merging, bit for bit."""
@@ -295,7 +318,8 @@ class ClusCompLayer(BaseTunerLayer):
                 warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
         assert self._unmerged is not None
-        self.base_layer._parameters.update(self._unmerged)
+        for name, value in self._unmerged.items():
+            store(self.base_layer, name, value)
         self._unmerged = None
         self.merged_adapters = []
 
@@ -303,7 +327,7 @@ class ClusCompLayer(BaseTunerLayer):
         """A parameter of the base layer, as it is without merged adapters."""
         if self._unmerged is not None and name in self._unmerged:
             return self._unmerged[name]
-        return self.base_layer._parameters.get(name)
+        return stored(self.base_layer, name)
 
     # -- forward
 
@@ -332,6 +356,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         nn.Module.__init__(self)
         ClusCompLayer.__init__(self, base_layer, base_layer.in_features, base_layer.out_features, device)
         self.dense_dtype = dense_dtype
+        self._codebook_digest: str | None = None
         self.dense_born = dense_dtype is not None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, spec)
@@ -339,7 +364,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
     def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
         """Adds an adapter; `spec` is what a saved one was made for, by default what the base is now."""
         if not self._pending:
-            self._home = self.base_layer.codes.device
+            self._home = execution_device(self.base_layer)
         self._add(adapter_name, config, spec or self.base_spec())
 
     def base_spec(self) -> ClusterSpec:
@@ -347,15 +372,14 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         assert codebook is not None
         return ClusterSpec.of(codebook, scale_in, scale_out)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         return self.base_layer.fingerprint()
 
-    def codes_on_meta(self) -> bool:
-        return self.base_layer.codes_on_meta()
-
-    def codebook_fingerprint(self) -> str:
+    def codebook_fingerprint(self) -> str | None:
         parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]
-        return value_fingerprint([part for part in parts if part is not None])
+        if all(part is None or is_whole(part) for part in parts):
+            self._codebook_digest = value_fingerprint(parts)
+        return self._codebook_digest
 
     def base_values(self) -> torch.Tensor:
         codebook = self.base_tensor("codebook")
@@ -396,6 +420,15 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
 
     def __repr__(self) -> str:
         return "cluscomp." + nn.Module.__repr__(self)
+
+
+def digest_bytes(digest: str) -> torch.Tensor:
+    """A digest of 32 hexadecimal digits as [16] uint8, the way files hold it."""
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _power_of_two(value: float) -> float:

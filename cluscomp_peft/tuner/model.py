@@ -26,6 +26,7 @@ from ..compress.cluster import cluster_codes, cluster_linear
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, sum_deltas, weight_of
+from ..offloading import execution_device, put_back
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
@@ -58,6 +59,10 @@ class ClusCompModel(BaseTuner):
         self._progress: tqdm | None = None
         # Dense layers are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        # PeftModel.from_pretrained took the hooks of offloaded layers off, and would dispatch the model anew when the
+        # weights are in, to another map and with the deltas offloaded too.
+        if put_back(getattr(getattr(model, "hf_quantizer", None), "hooks", [])):
+            self.hf_device_map = None  # hides the model's own until the weights are in
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -166,7 +171,7 @@ class ClusCompModel(BaseTuner):
         saved: ClusterSpec | None,
     ) -> ClusCompLayer:
         if isinstance(target, ClusteredLinear):
-            return ClusCompLinear(target, adapter_name, config, target.codes.device, spec=saved)
+            return ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
         weight = weight_of(target)
         if config.base == "dense":
             spec, codes = self._dense_codes(name, target, config, saved)
@@ -217,6 +222,9 @@ class ClusCompModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32 by default; with `autocast_adapter_dtype=False` deltas take the dtype of the base, as TRL asks for
         under DeepSpeed ZeRO-3."""
+        # PEFT's last step after loading weights, and also after creating empty layers for them.
+        if not self.peft_config[adapter_name].expects_weights:
+            self.__dict__.pop("hf_device_map", None)
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
@@ -313,7 +321,7 @@ class ClusCompModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The adapter's tensors; the config learns here, just before PEFT writes it, what they belong to."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return describe_and_complete(model, config, adapter_name, selected)
+        return describe_and_complete(model, config, adapter_name, selected, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -12,6 +12,7 @@ from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
 from ..compress.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..offloading import offload_hook
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
@@ -39,6 +40,14 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                 f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
                 "target_modules."
             )
+        # What hooks bring and take away again would be trained in a copy that is thrown away.
+        away = offload_hook(module) is not None
+        own_bias = config.bias == "all" or (config.bias == "cluscomp_only" and name in layers)
+        if away and (_is_saved_whole(name, config) or (own_bias and getattr(module, "bias", None) is not None)):
+            raise ValueError(
+                f"{name} is offloaded, so that it cannot be trained whole; keep it in memory in device_map, or leave "
+                f"it out of modules_to_save={config.modules_to_save} and bias={config.bias!r}."
+            )
     for name, module in layers.items():
         if isinstance(module, ClusCompLayer):
             if isinstance(module, ClusCompDenseLinear) != (config.base == "dense"):
@@ -55,6 +64,11 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                     "call model.dequantize() first."
                 )
         elif is_dense_linear(module):
+            if offload_hook(module) is not None:
+                raise ValueError(
+                    f"{name} is dense and offloaded; its weight must be in memory to be clustered. Compress the model "
+                    "with `cluscomp compress` and load the result with the same device_map."
+                )
             weight = weight_of(module)
             if not config.expects_weights:
                 if weight.device.type != "meta":

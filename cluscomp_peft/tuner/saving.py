@@ -22,8 +22,10 @@ from torch import nn
 from ..codes import ClusterSpec, combine_fingerprints
 from ..layout import summarize
 from ..linear import ClusteredLinear, is_dense_linear
+from ..offloading import stored
+from ..placement import is_whole
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, ClusCompLinear
+from .layer import ClusCompLayer, ClusCompLinear, digest_bytes
 
 __all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
 
@@ -32,7 +34,11 @@ _BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
 
 
 def describe_and_complete(
-    model: nn.Module, config: ClusCompConfig, adapter_name: str, tensors: dict[str, torch.Tensor]
+    model: nn.Module,
+    config: ClusCompConfig,
+    adapter_name: str,
+    tensors: dict[str, torch.Tensor],
+    state_dict: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Makes PEFT's selection of an adapter's tensors what the file shall hold, and writes the config's facts.
 
@@ -41,6 +47,7 @@ def describe_and_complete(
         config: Of the adapter; told what to write beside the file.
         adapter_name: Which adapter.
         tensors: Model key to tensor, in units; changed in place.
+        state_dict: Of the model, gathered if it is spread over processes.
 
     Returns:
         `tensors`, deltas absolute, with codes and codebooks where the base was dense.
@@ -51,28 +58,31 @@ def describe_and_complete(
     for name, layer in _layers(model, adapter_name):
         carries_codes |= layer.dense_born
         specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
-        if not layer.codes_on_meta():
+        digest = layer.fingerprint()
+        fingerprints.append(digest)
+        codebooks.append(layer.codebook_fingerprint())
+        if digest is not None:
             layer.settle([adapter_name])
-            layer.sign(adapter_name)
-            fingerprints.append(layer.fingerprint())
-            codebooks.append(layer.codebook_fingerprint())
-            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = layer.cluscomp_fingerprint[adapter_name]
+            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = digest_bytes(digest)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         for key in [key for key in tensors if key.startswith(prefix)]:
-            tensors[key] = tensors[key] * layer.unit_of(adapter_name, key.removeprefix(prefix))
+            leaf = key.removeprefix(prefix)
+            if tensors[key].is_meta:  # offloaded with the model
+                tensors[key] = stored(layer.cluscomp_delta[adapter_name], leaf)
+            tensors[key] = tensors[key] * layer.unit_of(adapter_name, leaf)
         if isinstance(layer, ClusCompLinear) and layer.dense_born:
             for key in _BASE_TENSORS:
                 tensor = layer.base_tensor(key)
                 if tensor is not None:
-                    tensors[f"{name}.base_layer.{key}"] = tensor.detach()
+                    path = f"{name}.base_layer.{key}"
+                    tensors[path] = tensor.detach() if is_whole(tensor) else state_dict[path]
     facts = {
         "carries_codes": carries_codes,
         "layout": summarize(specs, [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]),
+        "fingerprint": combine_fingerprints(fingerprints),
+        "codebook_fingerprint": combine_fingerprints(codebooks),
     }
-    if len(fingerprints) == len(specs):
-        facts["fingerprint"] = combine_fingerprints(fingerprints)
-        facts["codebook_fingerprint"] = combine_fingerprints(codebooks)
-    config.describe(facts)
+    config.describe({key: value for key, value in facts.items() if value is not None})
     return tensors
 
 
@@ -136,8 +146,8 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
                 "dense layer; load the adapter on the compressed checkpoint that it was trained on."
             )
     fixed = [layer for layer in layers.values() if isinstance(layer, (ClusCompLayer, ClusteredLinear))]
-    if len(fixed) == len(layers) and not any(layer.codes_on_meta() for layer in fixed):
-        found = combine_fingerprints(layer.fingerprint() for layer in fixed)
+    found = combine_fingerprints(layer.fingerprint() for layer in fixed)
+    if len(fixed) == len(layers) and found is not None:
         if found != config.fingerprint:
             raise ValueError(
                 f"this adapter belongs to another base: its codes have fingerprint {config.fingerprint}, those of "

@@ -1,0 +1,41 @@
+"""What `from_pretrained` can be asked for and a clustered model cannot give; said before a weight is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["refuse_offloading", "refuse_tensor_parallel"]
+
+
+def refuse_offloading(device_map: Any) -> None:
+    """Raises a ValueError if weights that are to be clustered while they load would be offloaded.
+
+    Args:
+        device_map: As `from_pretrained` got or inferred it; "auto" and the like pass, they are not resolved yet.
+    """
+    devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+        raise ValueError(
+            f"a model is clustered where it runs, but this device_map offloads a part of it (it names "
+            f"{', '.join(sorted(devices))}). Compress the model once with `cluscomp compress`, which needs memory for "
+            "one block at a time, and load the result with the same device_map."
+        )
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raises a ValueError if `from_pretrained` is about to cut the model's layers into pieces.
+
+    A plan's "colwise" cuts outputs, which share codes in groups of g and lie packed across bytes: a piece would have
+    to begin at a group and at a whole byte at once, and at an attention head too, in matrices whose g was chosen for
+    their bits. transformers would leave such layers whole, load them, and fail in the first forward pass.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    size = getattr(distributed, "tp_size", None) or 1  # one that came with config.json is a dict, and past
+    if size > 1:
+        raise ValueError(
+            f"a clustered model cannot be cut for tensor parallelism (tp_size={size}): its codes are packed in groups "
+            'across the cuts. Leave tp_plan and tp_size out. To spread it over GPUs use device_map="auto" (one '
+            "process); to train on several, FSDP2 or data parallelism."
+        )

@@ -1,0 +1,107 @@
+"""Layers whose numbers accelerate keeps elsewhere: in host memory, on disk, or in the checkpoint itself.
+
+`device_map` and `accelerate.cpu_offload` leave a layer's parameters on the meta device and give it a hook, which puts
+them in place before each call of the layer and takes them away after it:
+
+    resident     layer.codes [in, width], uint8                        calls, decoding, merging, fingerprints
+    offloaded    layer.codes on meta ◄── hook.weights_map["codes"]     calls; everything else asks here
+
+Whoever needs a number outside of a call reads it with [`stored`] and changes it with [`store`].
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+from torch import nn
+
+__all__ = ["execution_device", "hooks_of", "offload_hook", "put_back", "store", "stored", "taken_away_on_error"]
+
+
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook that brings this module's own parameters from elsewhere; None if they are not offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(one, AlignDevicesHook) and one.offload and one.weights_map is not None:
+            return one
+    return None
+
+
+def stored(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter of a module, wherever it is: an offloaded one is read, and lies on the execution device.
+
+    Args:
+        module (`torch.nn.Module`): Usually a layer; its own parameters, not those of its children.
+        name (`str`): Such as "codes".
+
+    Returns:
+        `torch.Tensor` or None: None if there is no such parameter; on meta if it is nowhere (still to be loaded).
+    """
+    value = module._parameters.get(name)
+    hook = None if value is None or value.device.type != "meta" else offload_hook(module)
+    if hook is None or name not in hook.weights_map:
+        return value
+    return hook.weights_map[name].to(execution_device(module))
+
+
+def store(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Replaces a parameter of a module, frozen unless `value` is a Parameter that says otherwise; None removes it.
+
+    An offloaded one changes where it is kept, in host memory from then on: the next call of the module would fetch the
+    old value otherwise. Files are never written. Writes into `_parameters`: accelerate's `init_empty_weights`, which
+    PEFT holds while it builds layers under `low_cpu_mem_usage`, patches registration and would send real tensors to
+    the meta device.
+    """
+    if value is not None and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    hook = offload_hook(module)
+    # While a hook has the numbers in place (PEFT merges so), whoever called it also puts them back.
+    away = hook is not None and any(own is not None and own.is_meta for own in module._parameters.values())
+    if hook is not None and away and value is not None and not value.is_meta:
+        hook.weights_map = ChainMap({name: value.detach().cpu()}, hook.weights_map)
+        hook.original_devices.setdefault(name, torch.device("cpu"))
+        value = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+    module._parameters[name] = value
+
+
+@contextmanager
+def taken_away_on_error(module: nn.Module) -> Iterator[None]:
+    """Lets the hook take an offloaded module's numbers away if its call does not come to an end.
+
+    accelerate's hook only does so after a call. Gradient checkpointing ends the last call of each block that it
+    computes again by an exception, which would leave these layers of all blocks in memory.
+    """
+    try:
+        yield
+    except BaseException:
+        hook = offload_hook(module)
+        if hook is not None:
+            hook.post_forward(module, None)
+        raise
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes: of an offloaded one the device that its parameters are brought to."""
+    hook = offload_hook(module)
+    if hook is None:
+        return next(module.parameters()).device
+    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+
+
+def hooks_of(model: nn.Module) -> list[tuple[nn.Module, ModelHook]]:
+    """Every module of a model that has a hook, with it; empty if none of its weights is offloaded."""
+    if all(offload_hook(module) is None for module in model.modules()):
+        return []
+    return [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
+
+
+def put_back(hooks: list[tuple[nn.Module, ModelHook]]) -> bool:
+    """Gives modules the hooks of [`hooks_of`] again where they were taken off; says whether any were."""
+    lost = [(module, hook) for module, hook in hooks if not hasattr(module, "_hf_hook")]
+    for module, hook in lost:
+        add_hook_to_module(module, hook)
+    return bool(lost)
