@@ -15,7 +15,8 @@ comes and goes. So activations are what autograd really keeps, for any causal la
 Two things are put in by hand: attention counts as fused (it keeps q, k, v, its output and one fp32 number for each
 row, never scores of seqlen²), and ops of this package count what they hold inside (the decoded weight, fp32 tiles).
 Where a model does not run on the meta device, its block counts as what its linear layers read and write; see
-`model.from_widths`. A forecast is data, [`Job`]s of [`Part`]s; [`render`] makes text of it.
+`model.from_widths`. With several devices, finetuning is what one of them takes; `sharding` says who holds what. A
+forecast is data, [`Job`]s of [`Part`]s; [`render`] makes text of it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ from ..compress.pipeline import TOGETHER
 from .jobs import (
     CUDA_CONTEXT,
     FRAGMENTATION,
-    GIB,
-    Job,
-    Part,
     calibration_length,
     compress,
     compress_calibrated,
@@ -41,13 +39,16 @@ from .jobs import (
     serve,
 )
 from .model import Model
-from .settings import OPTIMIZERS, Settings
+from .parts import GIB, Job, Part
+from .settings import ENGINES, OPTIMIZERS, Settings
+from .sharding import engine_of
 from .text import render
 
-__all__ = ["OPTIMIZERS", "Job", "Part", "Plan", "Settings", "plan", "render"]
+__all__ = ["ENGINES", "OPTIMIZERS", "Job", "Part", "Plan", "Settings", "plan", "render"]
 
 _GRID_BITS = (4.0, 3.0, 2.5, 2.0)
 _GRID_SEQLENS = (512, 1024, 2048, 4096, 8192)
+_WORLD_SIZES = (2, 4, 8, 16, 32, 64)
 _STEP = 64  # tokens that the longest sequence is a multiple of
 _NO_LIMIT = 1 << 20  # tokens, for models without a number of positions
 
@@ -62,10 +63,12 @@ class Plan:
         parameters, weights, matrices (`int`): Of the model; in clustered matrices; those matrices.
         true_bits (`float`): Bits per weight of the clustered matrices.
         jobs: finetune, serve, compress (without and with calibration, for a dense model) and, to compare, qlora, full.
+            With several devices finetune is of one of them; finetune_alone, qlora and full are of a single one.
         disk: Bytes of weight files before and after, and of activations that calibration keeps on disk meanwhile.
         memory (`int`, *optional*): Bytes that there are.
         fits: bits → seqlen → bytes of finetuning (None where the bits are out of reach); empty without `memory`.
         longest (`int`, *optional*): Tokens of the longest sequence that fits `memory` at the asked bits; 0 for none.
+        spread: engine → devices → bytes of finetuning on each; empty where it fits `memory` as it was asked for.
         notes: What the numbers leave out or assume.
     """
 
@@ -80,6 +83,7 @@ class Plan:
     memory: int | None
     fits: dict[float, dict[int, int | None]]
     longest: int | None
+    spread: dict[str, dict[int, int]]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,11 +116,15 @@ def plan(path: str, settings: Settings | None = None, memory: int | None = None)
     if not model.compressed:
         jobs["compress"] = compress(model, settings)
         jobs["compress_calibrated"] = compress_calibrated(model, settings)
+    if settings.world_size > 1:
+        jobs["finetune_alone"] = finetune(model, replace(settings, world_size=1, engine=None))
     jobs["qlora"], jobs["full"] = qlora(model, settings), full(model, settings)
-    fits, longest = {}, None
+    fits, longest, spread = {}, None, {}
     if memory is not None:
         fits = _grid(model, settings)
         longest = _longest(model, settings, memory)
+        if jobs["finetune"].total > memory:
+            spread = _spread(model, settings)
     return Plan(
         path,
         settings,
@@ -129,6 +137,7 @@ def plan(path: str, settings: Settings | None = None, memory: int | None = None)
         memory,
         fits,
         longest,
+        spread,
         tuple(_notes(model, settings)),
     )
 
@@ -146,6 +155,14 @@ def _grid(model: Model, settings: Settings) -> dict[float, dict[int, int | None]
         return finetune(model, replace(settings, bits=bits, seqlen=seqlen)).total
 
     return {row: {column: total(row, column) for column in lengths} for row in bits}
+
+
+def _spread(model: Model, settings: Settings) -> dict[str, dict[int, int]]:
+    sizes = sorted({size for size in _WORLD_SIZES if size >= settings.world_size} | {max(2, settings.world_size)})
+    return {
+        engine: {size: finetune(model, replace(settings, world_size=size, engine=engine)).total for size in sizes}
+        for engine in ENGINES
+    }
 
 
 def _longest(model: Model, settings: Settings, memory: int) -> int:
@@ -181,6 +198,13 @@ def _notes(model: Model, settings: Settings) -> Iterable[str]:
         kept = use.kept / settings.batch / settings.seqlen / 1024
         entered = use.hidden / settings.batch / settings.seqlen / 1024
         yield f"A block keeps {kept:.1f} KiB for each token until it has gone back; its input takes {entered:.1f} KiB."
+    if settings.world_size > 1:
+        assert settings.bits is not None
+        yield from engine_of(model, model.stored(settings.bits), settings).notes()
+        yield (
+            "Of several devices only finetuning is spread, serving and compressing are what one machine takes. What "
+            "loading takes and buffers of NCCL's own are not counted."
+        )
     yield "Gradients of deltas count all along, as they do where several batches are accumulated."
     if settings.device == "cuda":
         yield (

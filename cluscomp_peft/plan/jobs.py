@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from ..codes import ClusterSpec
 from ..compress.pipeline import TOGETHER
 from ..linear import weight_of
 from .model import Model, Use, from_widths
+from .parts import BACKWARD, GIB, LOSS, Job, Part
 from .settings import Settings
+from .sharding import Engine, engine_of
 
 __all__ = [
     "CUDA_CONTEXT",
     "FRAGMENTATION",
-    "GIB",
-    "Job",
-    "Part",
     "calibration_length",
     "compress",
     "compress_calibrated",
@@ -29,70 +28,44 @@ __all__ = [
     "serve",
 ]
 
-GIB = 1 << 30
 CUDA_CONTEXT = GIB // 2
 FRAGMENTATION = 0.05  # of everything on a GPU: what its allocator holds and cannot hand out
+_KINDS = {
+    "codes": "codes",
+    "codebooks": "codebooks and scales",
+    "dense": "embeddings, head, norms, biases",
+}
 _INTERPRETER = 650_000_000  # Python with torch, transformers, PEFT, what those import, and compiled kernels
 _LOSS_TILE = (4096, 8192)  # tokens and words of a chunked loss, as TRL takes them
 _BATCH_TOKENS, _BATCHES = 4096, 8  # of calibration
 _SENSITIVITY_TOKENS = 16384
 
 
-@dataclass(frozen=True)
-class Part:
-    """Bytes of one kind. Parts of different moments are never in memory together; None is always there."""
-
-    name: str
-    bytes: int
-    moment: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one job holds at its peak."""
-
-    name: str
-    parts: tuple[Part, ...]
-
-    @property
-    def peak(self) -> str | None:
-        """The moment that takes the most."""
-        moments: dict[str, int] = {}
-        for part in self.parts:
-            if part.moment is not None:
-                moments[part.moment] = moments.get(part.moment, 0) + part.bytes
-        return max(moments, key=lambda moment: moments[moment], default=None)
-
-    @property
-    def total(self) -> int:
-        """Bytes at that moment."""
-        return sum(part.bytes for part in self.parts if part.moment in (None, self.peak))
-
-
 def finetune(model: Model, settings: Settings) -> Job:
+    """Of one device, if there are several."""
     assert settings.bits is not None
-    stored = model.stored(settings.bits)
-    trained = sum(stored.trainable)
+    engine = engine_of(model, model.stored(settings.bits), settings)
+    updated = engine.update()
+    alone = settings.world_size == 1
     return _job(
-        "finetuning",
+        "finetuning" if alone else f"finetuning: each of {settings.world_size} devices, {settings.engine}",
         settings,
         [
-            *_weights(model, settings),
-            Part("deltas, fp32", 4 * trained),
-            Part("gradients of deltas, fp32", 4 * trained),
-            Part(f"states of {settings.optimizer}", sum(map(partial(_states, settings.optimizer), stored.trainable))),
+            *_weights(model, settings, engine),
+            Part("deltas, fp32", 4 * sum(updated)),
+            Part("gradients of deltas, fp32", 4 * sum(updated)),
+            Part(f"states of {settings.optimizer}", sum(map(partial(_states, settings.optimizer), updated))),
+            *engine.extra(),
             *_activations(model, settings, model.training(settings.bits, settings.batch, settings.seqlen)),
         ],
     )
 
 
-def _weights(model: Model, settings: Settings) -> list[Part]:
-    assert settings.bits is not None
-    stored = model.stored(settings.bits)
+def _weights(model: Model, settings: Settings, engine: Engine) -> list[Part]:
+    tensors = engine.stored.tensors
     parts = [
-        Part("codes", stored.codes),
-        Part("codebooks and scales", stored.codebooks),
-        Part("embeddings, head, norms, biases", model.dense_bytes(model.dtype.itemsize)),
+        Part(name, sum(engine.hold(tensor) * tensor.itemsize for tensor in tensors if tensor.kind == kind))
+        for kind, name in _KINDS.items()
     ]
     if settings.device == "cpu" and model.disk_dtype != model.dtype:
         # Weights are used where the file is mapped; those that are cast are in memory twice.
@@ -112,18 +85,17 @@ def _activations(model: Model, settings: Settings, uses: dict[int, Use]) -> list
     if settings.chunked_loss:
         tile = min(tokens, _LOSS_TILE[0]) * min(model.vocabulary, _LOSS_TILE[1])
         tail = heaviest.hidden * 2 + 4 * tokens * model.hidden + 4 * tile
-    block, loss = "a block goes back", "loss"
     if settings.gradient_checkpointing:
         inputs = sum(use.hidden * count for use, count in zip(uses.values(), counts, strict=True))
         parts = [
             Part(f"inputs of {blocks} blocks", inputs),
-            Part("what the block at work keeps", heaviest.kept, block),
+            Part("what the block at work keeps", heaviest.kept, BACKWARD),
         ]
     else:
         kept = sum(use.kept * count for use, count in zip(uses.values(), counts, strict=True))
         parts = [Part(f"what {blocks} blocks keep", kept)]
-    parts.append(Part("a decoded weight, tiles, gradients in flight", heaviest.work - heaviest.kept, block))
-    return [*parts, Part("logits and loss" + ", in chunks" * settings.chunked_loss, tail, loss)]
+    parts.append(Part("a decoded weight, tiles, gradients in flight", heaviest.work - heaviest.kept, BACKWARD))
+    return [*parts, Part("logits and loss" + ", in chunks" * settings.chunked_loss, tail, LOSS)]
 
 
 def serve(model: Model, settings: Settings) -> Job:
@@ -137,7 +109,7 @@ def serve(model: Model, settings: Settings) -> Job:
         "serving",
         settings,
         [
-            *_weights(model, settings),
+            *_weights(model, settings, Engine(model, model.stored(settings.bits), settings)),
             Part("keys and values", cache),
             Part("a block reads the prompt, a decoded weight", max(use.work - use.kept for use in uses.values())),
             Part("logits of the last tokens", settings.batch * model.vocabulary * (model.dtype.itemsize + 4)),

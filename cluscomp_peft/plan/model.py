@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,18 +25,46 @@ from ..tuner.layer import ClusCompLinear
 from .ledger import TILE_BYTES, FusedAttention, Ledger
 from .settings import DTYPES, Settings
 
-__all__ = ["Model", "Stored", "Use", "from_widths"]
+__all__ = ["Model", "Stored", "Tensor", "Use", "from_widths"]
+
+
+class Tensor(NamedTuple):
+    """A parameter of a model with an adapter.
+
+    unit: number of its block, -1 before the first, number of blocks behind the last. kind: "codes", "codebooks" (with
+    scales), "dense" or "deltas". rows: first dimension. numel: numbers. itemsize: bytes of one.
+    """
+
+    unit: int
+    kind: str
+    rows: int
+    numel: int
+    itemsize: int
 
 
 class Stored(NamedTuple):
-    """A model at some bits: specs by layer, bytes of codes, of codebooks with scales, weights, and sizes of the
-    trainable tensors."""
+    """A model at some bits: specs by layer, number of weights that they stand for, all tensors."""
 
     specs: dict[str, ClusterSpec]
-    codes: int
-    codebooks: int
     weights: int
-    trainable: list[int]
+    tensors: list[Tensor]
+
+    @property
+    def codes(self) -> int:
+        """Bytes."""
+        return sum(tensor.numel * tensor.itemsize for tensor in self.tensors if tensor.kind == "codes")
+
+    @property
+    def codebooks(self) -> int:
+        """Bytes, with scales."""
+        return sum(tensor.numel * tensor.itemsize for tensor in self.tensors if tensor.kind == "codebooks")
+
+    def units(self, blocks: int) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+        """Tensors before the blocks, in each block, and behind them."""
+        found: list[list[Tensor]] = [[] for _ in range(blocks + 2)]
+        for tensor in self.tensors:
+            found[tensor.unit + 1].append(tensor)
+        return found[0], found[1:-1], found[-1]
 
 
 class Use(NamedTuple):
@@ -78,16 +106,17 @@ class Model:
         vocabulary, self.hidden = self.model.get_input_embeddings().weight.shape
         head = self.model.get_output_embeddings()
         self.vocabulary = vocabulary if head is None else weight_of(head).shape[0]
+        self.tied = head is not None and head.weight is self.model.get_input_embeddings().weight
         self.troubles: list[str] = []
         self._stored: dict[float, Stored] = {}
         self._uses: dict[tuple, Use] = {}
+        self.prefix, blocks = find_blocks(self.model) or ("", nn.ModuleList())
+        self.blocks = list(blocks)
         stored = self.stored(settings.bits or self.default_bits)
         if self.compressed:
             self.default_bits = round(8 * (stored.codes + stored.codebooks) / stored.weights, 3)
         specs = stored.specs
         self.linears = {name: self.model.get_submodule(name) for name in specs}
-        self.prefix, blocks = find_blocks(self.model) or ("", nn.ModuleList())
-        self.blocks = list(blocks)
         # One block stands for all of its shape.
         self.kinds: dict[Any, list[int]] = {}
         for index, block in enumerate(self.blocks):
@@ -113,9 +142,9 @@ class Model:
                 )
         else:
             specs = choose_specs(self.model, replace(self.quantization, bits=bits))
-        codes = codebooks = weights = 0
-        trainable: list[int] = []
-        counted: dict[tuple, tuple[int, int, list[int]]] = {}
+        weights = 0
+        tensors: list[Tensor] = []
+        counted: dict[tuple, list[Tensor]] = {}
         for name, spec in specs.items():
             dense = self.model.get_submodule(name)
             out_features, in_features = weight_of(dense).shape
@@ -126,15 +155,26 @@ class Model:
                 )
             key = (in_features, out_features, spec)
             if key not in counted:
-                layer = self._adapted(dense, spec)
-                sizes = [parameter.numel() for parameter in layer.parameters() if parameter.requires_grad]
-                own = layer.base_layer.codes.numel()
-                counted[key] = (own, layer.base_layer.stored_bytes() - own, sizes)
-            codes, codebooks = codes + counted[key][0], codebooks + counted[key][1]
+                counted[key] = list(_tensors(self._adapted(dense, spec)))
             weights += in_features * out_features
-            trainable += counted[key][2]
-        self._stored[bits] = Stored(specs, codes, codebooks, weights, trainable)
+            tensors += [tensor._replace(unit=self._unit(name)) for tensor in counted[key]]
+        clustered = {id(self.model.get_submodule(name).weight) for name in specs}
+        reached = -1
+        for name, parameter in self.model.named_parameters():
+            unit = self._unit(name)
+            # What is outside of blocks stands before or behind them.
+            reached = len(self.blocks) if reached >= 0 or unit >= 0 else -1
+            if id(parameter) not in clustered:
+                place = unit if unit >= 0 else reached
+                tensors.append(_tensor(place, "dense", parameter, self.dtype.itemsize))
+        self._stored[bits] = Stored(specs, weights, tensors)
         return self._stored[bits]
+
+    def _unit(self, name: str) -> int:
+        """The number of the block that a name is in, -1 for none."""
+        if not self.blocks or not name.startswith(f"{self.prefix}."):
+            return -1
+        return int(name.removeprefix(f"{self.prefix}.").split(".")[0])
 
     def _adapted(self, dense: nn.Module, spec: ClusterSpec) -> ClusCompLinear:
         """The layer as it is finetuned, on the meta device."""
@@ -249,6 +289,20 @@ class Model:
             for handle in handles:
                 handle.remove()
         return ledger
+
+
+def _tensor(unit: int, kind: str, parameter: torch.Tensor, itemsize: int) -> Tensor:
+    return Tensor(unit, kind, parameter.shape[0] if parameter.dim() else 1, parameter.numel(), itemsize)
+
+
+def _tensors(layer: ClusCompLinear) -> Iterator[Tensor]:
+    """Of a layer as it is finetuned, without its bias."""
+    for name, parameter in layer.base_layer.named_parameters():
+        if name != "bias":
+            yield _tensor(-1, "codes" if name == "codes" else "codebooks", parameter, parameter.itemsize)
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            yield _tensor(-1, "deltas", parameter, parameter.itemsize)
 
 
 def from_widths(model: Model, kind: str, index: int, batch: int, seqlen: int) -> Use:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .jobs import GIB
+from .parts import GIB
 
 if TYPE_CHECKING:
     from . import Plan
+    from .settings import Settings
 
 __all__ = ["render"]
+
+_COMPARED = ("finetune_alone", "qlora", "full")
 
 
 def render(plan: Plan) -> str:
     """The plan as aligned tables of plain text; sizes in GiB."""
     settings = plan.settings
+    several = settings.world_size > 1
     words = [
-        f"batch {settings.batch} x {settings.seqlen} tokens",
+        _batch(settings),
         settings.dtype,
         f"rank {settings.rank}" if settings.num_blocks is None else f"{settings.num_blocks} delta codebooks a matrix",
         settings.optimizer,
@@ -28,7 +32,7 @@ def render(plan: Plan) -> str:
         f"{plan.weights / 1e9:.3f} B weights at {plan.true_bits:.3f} true bits",
         ", ".join(words),
     ]
-    shown = [job for key, job in plan.jobs.items() if key not in ("qlora", "full")]
+    shown = [job for key, job in plan.jobs.items() if key not in _COMPARED]
     width = max(len(part.name) for job in shown for part in job.parts) + 2
 
     def row(name: str, text: str) -> str:
@@ -43,9 +47,10 @@ def render(plan: Plan) -> str:
     lines += ["", row("on disk", "GiB"), "-" * (width + 10)]
     names = {"dense": "dense model", "compressed": "compressed model", "calibration": "activations while calibrating"}
     lines += [row(names[key], _gib(size)) for key, size in plan.disk.items()]
-    lines += ["", row("the same finetuning otherwise", "GiB"), "-" * (width + 10)]
+    title = "the same finetuning otherwise" if not several else "on one device, and otherwise"
+    lines += ["", row(title, "GiB"), "-" * (width + 10)]
     own = f"codebooks, {plan.true_bits:.2f} bits"
-    lines += [row(own, _gib(plan.jobs["finetune"].total))]
+    lines += [row(own, _gib(plan.jobs["finetune_alone" if several else "finetune"].total))]
     lines += [row(plan.jobs[key].name, _gib(plan.jobs[key].total)) for key in ("qlora", "full")]
     if plan.memory is not None:
         lines += ["", *_fits(plan)]
@@ -56,7 +61,9 @@ def render(plan: Plan) -> str:
 def _fits(plan: Plan) -> list[str]:
     assert plan.memory is not None
     lengths = list(next(iter(plan.fits.values())))
-    lines = [f"finetuning in {_gib(plan.memory)} GiB; * fits"]
+    several = plan.settings.world_size > 1
+    each = f" of each of {plan.settings.world_size} devices" if several else ""
+    lines = [f"finetuning in {_gib(plan.memory)} GiB{each}; * fits"]
     lines.append(f"{'bits, tokens':<14}" + "".join(f"{length:>11}" for length in lengths))
     for bits, totals in plan.fits.items():
         cells = []
@@ -72,7 +79,36 @@ def _fits(plan: Plan) -> list[str]:
             f"at {asked:g} bits not even 64 tokens fit: fewer bits, a smaller batch, --optimizer adamw_8bit or "
             "--chunked-loss take less"
         )
-    return lines
+    return [*lines, *_spread(plan)]
+
+
+def _batch(settings: Settings) -> str:
+    """What a device works on at once, and all of them together."""
+    batch = f"batch {settings.batch} x {settings.seqlen} tokens"
+    if settings.world_size == 1:
+        return batch
+    together = settings.batch * settings.world_size
+    return (
+        f"{batch} on each of {settings.world_size} devices with {settings.engine} (global batch {together}, "
+        f"{together * settings.seqlen} tokens, times accumulation)"
+    )
+
+
+def _spread(plan: Plan) -> list[str]:
+    """The fewest devices on which each engine would fit."""
+    assert plan.memory is not None
+    if not plan.spread:
+        return []
+    found = []
+    for engine, totals in plan.spread.items():
+        size = next((size for size, total in totals.items() if total <= plan.memory), None)
+        if size is not None:
+            found.append(f"  --world-size {size:<3}--engine {engine:<6} takes {_gib(totals[size])} GiB of each device")
+    asked = f"{plan.settings.bits:g} bits, {plan.settings.seqlen} tokens"
+    if not found:
+        most = max(next(iter(plan.spread.values())))
+        return [f"{asked}: no engine fits them on up to {most} devices, each has activations of its own"]
+    return [f"{asked} would fit several devices:", *found]
 
 
 def _gib(size: int) -> str:
