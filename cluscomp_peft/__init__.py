@@ -5,18 +5,23 @@ have no discovery of plug-ins, so a script that loads such an adapter or checkpo
 `python -m cluscomp_peft.run SCRIPT`).
 """
 
-from .registration import register
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-register()
+from .registration import register, register_on_import
+
+register_on_import()
 
 from ._version import __version__  # noqa: E402
 from .clustering import kmeans  # noqa: E402
 from .codes import ClusterSpec  # noqa: E402
-from .hf.config import ClusCompQuantizationConfig  # noqa: E402
 from .linear import ClusteredLinear  # noqa: E402
-from .tuner.config import ClusCompConfig  # noqa: E402
-from .tuner.layer import ClusCompLayer  # noqa: E402
-from .tuner.model import ClusCompModel  # noqa: E402
+
+if TYPE_CHECKING:
+    from .hf.config import ClusCompQuantizationConfig
+    from .tuner.config import ClusCompConfig
+    from .tuner.layer import ClusCompLayer
+    from .tuner.model import ClusCompModel
 
 __all__ = [
     "ClusCompConfig",
@@ -29,3 +34,22 @@ __all__ = [
     "kmeans",
     "register",
 ]
+
+# Imported when they are first used: they bring in PEFT, or the models of transformers.
+_LATER = {
+    "ClusCompConfig": ".tuner.config",
+    "ClusCompLayer": ".tuner.layer",
+    "ClusCompModel": ".tuner.model",
+    "ClusCompQuantizationConfig": ".hf.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_LATER[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

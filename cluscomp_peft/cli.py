@@ -9,7 +9,6 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
-from . import ClusCompConfig, ClusCompQuantizationConfig
 from .clustering import QUALITIES
 
 __all__ = ["main"]
@@ -62,7 +61,17 @@ def _parser() -> argparse.ArgumentParser:
         help="let codes make up for errors, with calibration (default: yes)",
     )
     compress.add_argument("--epochs", type=int, default=8, help="of reconstruction, with calibration; 0 for none")
-    compress.add_argument("--device", help="where blocks run (default: a GPU if there is one)")
+    compress.add_argument(
+        "--device", help="cpu, cuda or cuda:N, where the work is done (default: a GPU if there is one)"
+    )
+    compress.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that compress a block each, with their share of the cores, or on the GPUs in turn; the result "
+        "is the same. Not with --calibration, where each block builds on the one before it (default 1)",
+    )
     compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
     compress.add_argument("--quality", default="default", choices=QUALITIES, help="of K-means")
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
@@ -89,10 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
     plan.add_argument("--bits", type=float, help="true bits per weight (default 4; a compressed model has its own)")
     plan.add_argument("--seqlen", type=int, default=1024, help="tokens of a sequence")
-    plan.add_argument("--batch", type=int, default=1, help="sequences at once")
+    plan.add_argument("--batch", type=int, default=1, help="sequences at once, on each device")
+    plan.add_argument("--world-size", type=int, default=1, help="devices that finetuning is spread over (default 1)")
+    plan.add_argument(
+        "--engine",
+        choices=("ddp", "fsdp2", "zero2", "zero3"),
+        help="how it is spread over several devices (default ddp: a copy on each)",
+    )
     plan.add_argument("--dtype", default="bfloat16", choices=_DTYPES[1:], help="of activations and what stays dense")
     plan.add_argument(
-        "--rank", type=int, default=ClusCompConfig.rank, help="trained numbers, as those of LoRA of this rank"
+        "--rank",
+        type=int,
+        default=argparse.SUPPRESS,  # that of ClusCompConfig, which takes seconds to import
+        help="trained numbers, as those of LoRA of this rank",
     )
     plan.add_argument("--num-blocks", type=int, help="delta codebooks of every matrix, instead of --rank")
     plan.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_8bit"))
@@ -118,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(options: argparse.Namespace) -> None:
     from .hf.compression import compress_checkpoint
+    from .hf.config import ClusCompQuantizationConfig
 
     config = ClusCompQuantizationConfig(
         bits=options.bits,
@@ -141,6 +160,7 @@ def _compress(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
         overwrite=options.overwrite,
+        workers=options.workers,
     )
     print(
         f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
@@ -222,7 +242,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from .plan import Settings, plan, render
 
-    settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+    given = {item.name: getattr(options, item.name) for item in fields(Settings) if item.name in options}
+    settings = Settings(**given)
     forecast = plan(options.model, settings, options.gpu_memory)
     print(json.dumps(forecast.to_dict()) if options.json else render(forecast))
 

@@ -2,21 +2,20 @@
 
 PEFT looks its methods up by members of the enum `PeftType`, which a package outside PEFT has to extend: a member is a
 `str` whose name equals its value, entered into the enum's three tables. transformers has two registries.
+
+Either is told as soon as it is imported, and not before: PEFT and the models of transformers take seconds and 300 MB,
+which neither a process that only clusters nor `cluscomp --help` has any use for.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-
-__all__ = ["register"]
+__all__ = ["register", "register_on_import"]
 
 _NAME = "CLUSCOMP"
 _METHOD = "cluscomp"
@@ -24,19 +23,74 @@ _METHOD = "cluscomp"
 
 def register() -> None:
     """Registers the PEFT method and the checkpoint format; calling it again does nothing."""
+    _register_format()
+    _register_method()
+
+
+def register_on_import() -> None:
+    """Registers with PEFT and transformers where they are imported already, else as soon as they are."""
+    if not any(isinstance(finder, _Afterwards) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Afterwards())
+    for name, then in _AFTER.items():
+        if name in sys.modules:
+            then()
+
+
+def _register_method() -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
     if _NAME not in PeftType.__members__:
         _extend_enum(PeftType, _NAME)
     # The classes read PeftType.CLUSCOMP, so they come after it.
-    from .hf.config import ClusCompQuantizationConfig
-    from .hf.quantizer import ClusCompHfQuantizer
     from .tuner.config import ClusCompConfig
     from .tuner.model import ClusCompModel
 
     if getattr(PeftType, _NAME) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=_METHOD, config_cls=ClusCompConfig, model_cls=ClusCompModel)
+
+
+def _register_format() -> None:
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    from .hf.config import ClusCompQuantizationConfig
+    from .hf.quantizer import ClusCompHfQuantizer
+
     if _METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(_METHOD)(ClusCompQuantizationConfig)
         register_quantizer(_METHOD)(ClusCompHfQuantizer)
+
+
+# Our own packages bring in what they register with before any of their modules is begun.
+_AFTER: dict[str, Callable[[], object]] = {
+    "peft": _register_method,
+    "transformers.quantizers.auto": _register_format,
+    f"{__package__}.tuner": lambda: import_module("peft"),
+    f"{__package__}.hf": lambda: import_module("transformers.quantizers.auto"),
+}
+
+
+class _Afterwards(MetaPathFinder):
+    """Finds the modules of `_AFTER` as others do, and calls the function when the module has been executed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _AFTER:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_tell(module: Any) -> None:
+                execute(module)
+                _AFTER[name]()
+
+            spec.loader.exec_module = execute_and_tell
+        return spec
 
 
 def _extend_enum(enum: Any, name: str) -> None:

@@ -97,7 +97,7 @@ def clustered(folder: str) -> dict[str, ClusteredLinear]:
 )
 def test_compress_makes_what_loading_with_the_same_settings_does(tmp_path, dense_dir, tokens, capsys, flags, settings):
     target = str(tmp_path / "out")
-    assert main(["compress", dense_dir, target, *flags]) == 0
+    assert main(["compress", dense_dir, target, *flags, "--device", "cpu"]) == 0  # where loading clusters it
     line = capsys.readouterr().out
     assert line.startswith(f"{target}: 14 matrices at ") and line.count("\n") == 1
 
@@ -258,7 +258,7 @@ def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, c
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluscomp_peft.compress.pipeline.cluster_codes", interrupt)
+    monkeypatch.setattr("cluscomp_peft.compress.shard.cluster_codes", interrupt)
     assert main(["compress", dense_dir, str(tmp_path / "out"), "--bits", "6"]) == 130
     assert "cluscomp compress: interrupted" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
@@ -273,6 +273,10 @@ def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, c
         (["--bits", "6", "--codebook-dtype", "int8"], "codebook_dtype must be one of"),
         (["--bits", "6", "--calibration", "absent.txt"], r"absent\.txt is not a file"),
         (["--bits", "6", "--calibration", "absent.txt", "--samples", "0"], "at least one sample"),
+        (["--bits", "6", "--workers", "0"], "workers must be a whole number of at least 1, got 0"),
+        (["--bits", "6", "--workers", "-1"], "workers must be a whole number of at least 1, got -1"),
+        (["--bits", "6", "--workers", "2", "--calibration", "absent.txt"], "workers=2 and calibration do not go"),
+        (["--bits", "6", "--device", "abacus"], "device must be cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
 def test_settings_that_cannot_be_met_end_in_one_line(tmp_path, dense_dir, failing, flags, message):

@@ -24,9 +24,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
     Qwen3Config,
@@ -37,11 +39,12 @@ from cluscomp_peft.cli import main
 from cluscomp_peft.clustering.search import Nearest
 from cluscomp_peft.codes import unpack
 from cluscomp_peft.compress import block as block_module
+from cluscomp_peft.compress import shard
 from cluscomp_peft.compress.blocks import BlockModel
 from cluscomp_peft.compress.calibration import read_documents, token_windows
 from cluscomp_peft.compress.journal import Journal
 from cluscomp_peft.compress.pipeline import Calibration
-from cluscomp_peft.compress.source import DenseCheckpoint
+from cluscomp_peft.compress.source import DenseCheckpoint, renaming_of
 from cluscomp_peft.compress.streams import Stream
 from cluscomp_peft.hf import compression
 from cluscomp_peft.hf import target as target_folder
@@ -67,6 +70,15 @@ FAMILIES = {
     "gemma2": Gemma2Config(**COMMON, **NARROW, sliding_window=8),
     "qwen3": Qwen3Config(**COMMON, **NARROW, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "bloom": BloomConfig(**COMMON, hidden_size=32, n_layer=2, n_head=4),
+    "gpt-neox": GPTNeoXConfig(  # whose head checkpoints call embed_out
+        **COMMON,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
 }
 OTHERS = {  # blocks that return tuples, more of them than a batch has dimensions; projections around them; one block
     "gpt-neo": GPTNeoConfig(
@@ -205,7 +217,7 @@ def test_dense_blocks_one_by_one_are_the_dense_model(family, dense, tokens):
     model = AutoModelForCausalLM.from_pretrained(dense(family))
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense(family)))
-    source = DenseCheckpoint(dense(family), empty.base_model_prefix)
+    source = DenseCheckpoint(dense(family), empty.base_model_prefix, renaming_of(empty))
     blocks = BlockModel(empty, source, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         hidden = blocks.stem(tokens)
@@ -346,7 +358,7 @@ def interrupted(monkeypatch, owner, name: str, call: int, after: bool) -> None:
         (Journal, "commit", 3, True),
         (Journal, "commit", 5, False),
         (Journal, "commit", 6, False),
-        (Journal, "save_tensors", 2, True),
+        (shard, "save_tensors", 2, True),
         (Stream, "write", 5, False),  # between the two streams of a block
         (compression, "_finish", 1, False),
         (compression, "move", 1, False),
@@ -588,6 +600,25 @@ def test_a_model_without_a_list_of_blocks(dense, text, tmp_path, monkeypatch):
             dense("llama, tied"), str(tmp_path / "out"), quick_config(), calibration=text, **QUICK)  # fmt: skip
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_linear_layers_of_a_class_of_their_own(calibrated, text, tokenizer, tmp_path):
+    source = str(tmp_path / "dense")
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    AutoModelForCausalLM.from_config(FalconConfig(**COMMON, **shape)).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    flags = dict(calibration=text, **QUICK) if calibrated else {}
+    refused("blocks of FalconForCausalLM are made of FalconLinear", tmp_path, source, str(tmp_path / "out"),
+            quick_config(), **flags)  # fmt: skip
+
+
+def test_a_head_under_another_name_is_read_and_written_as_it_was(dense, tmp_path):
+    source = DenseCheckpoint(dense("gpt-neox"), "gpt_neox")
+    assert source.find("lm_head.weight") is None
+    assert "embed_out.weight" in source.shapes
+    compress_checkpoint(dense("gpt-neox"), str(tmp_path / "out"), quick_config())
+    assert "embed_out.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
 def test_layers_that_are_not_there(dense, tmp_path):
     config = quick_config(target_modules=["absent"])
     refused("absent", tmp_path, dense("gpt2"), str(tmp_path / "out"), config)
@@ -639,7 +670,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(place, dense, text, undis
     flags = ["--bits", "5", "--quality", "fast", "--calibration", text]
     flags += ["--samples", str(SAMPLES), "--seqlen", str(LENGTH), "--epochs", "1"]
     owner, name, call = {
-        "shard": (Journal, "save_tensors", 2),
+        "shard": (shard, "save_tensors", 2),
         "stream": (Stream, "write", 5),
         "journal": (Journal, "commit", 4),
         "report": (compression, "write_text", 2),

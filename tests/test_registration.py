@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 from peft import PeftConfig
@@ -68,3 +70,44 @@ def test_the_runner_is_named_where_it_helps():
     with pytest.raises(KeyError, match="NO_SUCH_METHOD"):
         PeftConfig.from_peft_type(peft_type="NO_SUCH_METHOD")
     assert "cluscomp_peft.run" in cluscomp_peft.__doc__
+
+
+HEAVY = ("peft", "transformers.quantizers.auto", "transformers.modeling_utils", "numba", "triton")
+REGISTERED = (
+    "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
+    "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners\n"
+    "from peft.utils import PeftType\n"
+    "from cluscomp_peft import ClusCompConfig, ClusCompModel\n"
+    "assert 'cluscomp' in quantizers and tuners[PeftType.CLUSCOMP] is ClusCompModel\n"
+    "assert ClusCompConfig().peft_type is PeftType.CLUSCOMP\n"
+)
+
+
+def fresh(code: str) -> None:
+    """Runs code in a process that has imported nothing."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_neither_peft_nor_models():
+    imports = "import sys, cluscomp_peft, cluscomp_peft.cli, cluscomp_peft.compress.workers\n"
+    fresh(f"{imports}assert not [name for name in {HEAVY} if name in sys.modules]")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import peft, cluscomp_peft",
+        "import cluscomp_peft; from transformers import AutoModelForCausalLM",
+        "import cluscomp_peft.hf.quantizer",
+        "import cluscomp_peft.tuner.config",
+    ],
+)
+def test_whatever_is_imported_first_all_is_registered(first):
+    fresh(f"{first}\n{REGISTERED}")
+
+
+def test_absent_names_are_absent():
+    with pytest.raises(AttributeError, match="has no attribute 'NoSuchName'"):
+        _ = cluscomp_peft.NoSuchName
+    assert set(cluscomp_peft.__all__) <= set(dir(cluscomp_peft))

@@ -3,7 +3,7 @@
 Names, here and in `nearest`:
 
     x [N, d] fp32, w [N] fp32 (empty: no weights)     vectors and weights, sorted so that neighbours lie together
-    code [N] int32, dist [N] fp32                     centroid of each vector and the squared distance to it
+    code [N] uint16, dist [N] fp32                    centroid of each vector and the squared distance to it
     order [N] int32, starts [n + 1] int64             vectors of centroid k: order[starts[k] : starts[k + 1]]
     c [n, d] fp32                                     centroids; a *block* is a run of neighbours
     bounds [blocks + 1] int64, low / high [d, blocks] where blocks begin, and their bounding boxes
@@ -24,13 +24,14 @@ __all__ = [
     "count_codes",
     "distance",
     "exact_objective",
+    "gather_values",
+    "gather_vectors",
     "measure_reach",
     "pack",
     "rank_codes",
     "restore_codes",
     "scan_cells",
     "scan_chunks",
-    "scatter_vectors",
     "split_cell",
     "update_centroids",
 ]
@@ -220,20 +221,16 @@ def rank_codes(code, first, position, order):
 
 
 @njit(nogil=True, cache=True)
-def scatter_vectors(x, w, source, code, dist, position, new_x, new_w, new_source, new_code, new_dist):
-    """The stable counting sort applied to the vectors themselves and all that goes with them."""
-    dim = x.shape[1]
-    for i in range(len(code)):
-        c = code[i]
-        p = position[c]
-        position[c] += 1
-        for j in range(dim):
-            new_x[p, j] = x[i, j]
-        new_source[p] = source[i]
-        new_code[p] = c
-        new_dist[p] = dist[i]
-        if len(w):
-            new_w[p] = w[i]
+def gather_values(old, places, new):
+    for i in range(len(places)):
+        new[i] = old[places[i]]
+
+
+@njit(nogil=True, cache=True)
+def gather_vectors(old, places, new):
+    for i in range(len(places)):
+        for j in range(old.shape[1]):
+            new[i, j] = old[places[i], j]
 
 
 @njit(nogil=True, cache=True)

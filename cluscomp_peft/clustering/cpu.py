@@ -98,18 +98,19 @@ class _Clustering:
 
     def __init__(self, vectors: torch.Tensor, weights: torch.Tensor | None, threads: int) -> None:
         x = vectors.numpy()
-        self.given = x
         # A power of two changes no digit, and keeps squares of tiny or huge vectors inside fp32.
         exponent = int(np.frexp(max(float(x.max()), -float(x.min())))[1])
         self.scale = np.float32(1) if abs(exponent) < 20 else np.float32(2.0) ** -np.clip(exponent, -126, 126)
-        self.x = x if self.scale == 1 else x * self.scale
-        self.w = np.empty(0, np.float32) if weights is None else weights.numpy()
-        self.given_weights = self.w
+        # Read, never written: they are the caller's. What is sorted, x and w, is taken from them anew each time, so
+        # that there are two copies of the vectors and never three.
+        self.given = x if self.scale == 1 else x * self.scale
+        self.given_weights = np.empty(0, np.float32) if weights is None else weights.numpy()
+        self.x, self.w = self.given, self.given_weights
         self.total, self.dim = x.shape
         self.source = np.arange(self.total, dtype=np.int32)
-        self.code = np.zeros(self.total, np.int32)
+        self.code = np.zeros(self.total, np.uint16)  # of at most 65,536 centroids
         self.dist = np.zeros(self.total, np.float32)
-        self.spare: tuple | None = None
+        self.order = np.empty(self.total, np.int32)
         self.names: np.ndarray | None = None
         self.lists: np.ndarray | None = None
         self.threads = threads
@@ -139,32 +140,30 @@ class _Clustering:
         np.cumsum(counts.sum(0), out=starts[1:])
         return ranges, starts[:-1] + np.cumsum(counts, 0) - counts, starts
 
-    def sort(self) -> None:
+    def sort(self, clusters: int) -> None:
         """order and starts for the present codes."""
-        ranges, position, self.starts = self._positions(len(self.c))
-        self.order = np.empty(self.total, np.int32)
+        ranges, position, self.starts = self._positions(clusters)
         self.each(cells.rank_codes, [(self.code[a:b], a, position[r], self.order) for r, (a, b) in enumerate(ranges)])
 
     def gather(self, clusters: int) -> None:
         """Moves the vectors themselves, so that those of one code lie together; codes count up afterwards."""
-        ranges, position, self.starts = self._positions(clusters)
-        if self.spare is None:
-            self.spare = tuple(np.empty_like(part) for part in (self.x, self.w, self.source, self.code, self.dist))
-        new = self.spare
-        old = (self.x, self.w, self.source, self.code, self.dist)
-        tasks = []
-        for r, (a, b) in enumerate(ranges):
-            parts = [part[a:b] if len(part) else part for part in old]
-            tasks.append((*parts, position[r], *new))
-        self.each(cells.scatter_vectors, tasks)
-        # What the caller gave is read, never written.
-        mine = self.x is not self.given and self.w is not self.given_weights
-        self.spare = old if mine else None
-        self.x, self.w, self.source, self.code, self.dist = new
+        self.sort(clusters)
+        if self.x is self.given:
+            self.x, self.w = np.empty_like(self.given), np.empty_like(self.given_weights)
+        ranges = _ranges(self.total, 8 * self.threads)
+        for values in (self.source, self.code, self.dist):
+            spare = self.x.reshape(-1).view(values.dtype)[: self.total]  # x is written anew below
+            self.each(cells.gather_values, [(values, self.order[a:b], spare[a:b]) for a, b in ranges])
+            values[:] = spare
+        self.each(cells.gather_vectors, [(self.given, self.source[a:b], self.x[a:b]) for a, b in ranges])
+        if len(self.w):
+            self.each(cells.gather_values, [(self.given_weights, self.source[a:b], self.w[a:b]) for a, b in ranges])
 
     def resort(self) -> None:
         self.gather(len(self.c))
-        self.order = np.arange(self.total, dtype=np.int32)
+        for first in range(0, self.total, _CHUNK):
+            last = min(first + _CHUNK, self.total)
+            self.order[first:last] = np.arange(first, last)
 
     # Starting
 
@@ -298,7 +297,7 @@ class _Clustering:
             ),
             _ranges(len(self.bounds) - 1, 16 * self.threads),
         )  # fmt: skip
-        self.sort()
+        self.sort(len(self.c))
 
     def assign_listed(self, wide: bool) -> None:
         """An assignment by lists; a wide one also follows the lists of the listed, and renews them."""
@@ -313,7 +312,7 @@ class _Clustering:
             _ranges(len(self.c), 16 * self.threads),
         )  # fmt: skip
         self.lists, self.lengths = lists, lengths
-        self.sort()
+        self.sort(len(self.c))
 
     def objective(self) -> float:
         """Of the last assignment, from its distances."""
@@ -333,7 +332,7 @@ class _Clustering:
         if not exact and self.total <= _FEW * len(self.c):
             # Lists come from the vectors of a home; where there are hardly any, all centroids are looked at.
             self._descend([(0, self.total)], self.c, np.array([0, len(self.c)]))
-            self.sort()
+            self.sort(len(self.c))
             return
         if exact or self.lists is None:
             self.reach = np.zeros(len(self.c), np.float32)
@@ -368,6 +367,7 @@ class _Clustering:
         errors = self.each(
             lambda a, b: cells.exact_objective(self.x[a:b], self._weights(a, b), self.c, self.code[a:b]), tasks
         )
+        del self.order, self.lists, self.dist  # codes take their place
         places = np.empty_like(self.c)
         places[slice(None) if self.names is None else self.names] = self.c
         return torch.from_numpy(places / self.scale), self.codes(), sum(errors) / float(self.scale) ** 2, done

@@ -80,7 +80,7 @@ class BlockModel:
         self.model.tie_weights()
         for name, buffer in list(self.model.named_buffers()):
             owner = self.model.get_submodule(name.rpartition(".")[0])
-            key = self.source.key(name)
+            key = self.source.find(name)
             value = buffer if key is None else self.source.read(key)
             owner._buffers[name.rpartition(".")[2]] = value.to(self.device)
 
@@ -89,7 +89,7 @@ class BlockModel:
         tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
         names = [name, *(source for target, source in tied.items() if target == name)]
         names += [target for target, source in tied.items() if source == name]
-        key = next((key for key in map(self.source.key, names) if key is not None), None)
+        key = next((key for key in map(self.source.find, names) if key is not None), None)
         if key is None:
             raise ValueError(
                 f"{self.source.folder} lacks {name}; it is incomplete, or stores this model under other names: load "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-__all__ = ["read_documents", "token_windows"]
+__all__ = ["calibration_windows", "read_documents", "token_windows"]
 
 _SUFFIXES = (".jsonl", ".json", ".txt", ".xz")
 _HUB_CHARACTERS = 20_000_000  # of a hub data set: ten times what 128 sequences of 2048 tokens take
@@ -95,6 +95,41 @@ def token_windows(
     stream = torch.tensor(tokens, dtype=torch.int64)
     windows = [stream[start : start + length][None] for start in range(0, len(stream), length)]
     return [window for window in windows if window.shape[1] > 1]
+
+
+def calibration_windows(
+    model: Any, tokenizer: Any, source: str, path: str, samples: int, seqlen: int | None
+) -> torch.Tensor:
+    """Tokens to compress by, [sequences, length] int64.
+
+    Args:
+        model: Dense; its config says how many positions there are.
+        tokenizer: Of the model, or None. source (`str`): What errors call the model.
+        path (`str`): Text, see [`read_documents`].
+        samples (`int`): Sequences to take from it at most.
+        seqlen (`int`, *optional*): Tokens of a sequence; 2048, or what the model takes.
+
+    Raises:
+        ValueError: If there is no tokenizer, not enough text, or a number is out of range.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration.")
+    if samples < 1:
+        raise ValueError(f"calibration needs at least one sample, got {samples}.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = min(2048, limit or 2048) if seqlen is None else seqlen
+    if limit is not None and length > limit:
+        raise ValueError(f"--seqlen {length} is more than the {limit} positions of the model; give at most {limit}.")
+    documents = read_documents(path, tokenizer)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    windows = token_windows(documents, tokenizer, length, max_tokens=samples * length, vocab_size=vocabulary)
+    whole = [window for window in windows if window.shape[1] == length]
+    if not whole:
+        raise ValueError(
+            f"{path} has {windows[0].shape[1]} tokens, fewer than one calibration sequence of {length}; give more "
+            "text, or a smaller --seqlen."
+        )
+    return torch.cat(whole)
 
 
 def _hub_documents(path: str, tokenizer: Any) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-__all__ = ["JOURNAL", "LOCK", "Journal", "replace_file"]
+__all__ = ["JOURNAL", "LOCK", "Journal", "replace_file", "save_tensors"]
 
 JOURNAL, LOCK = "journal.json", "lock"
 
@@ -105,10 +105,6 @@ class Journal:
 
         replace_file(os.path.join(self.folder, "journal.json"), write)
 
-    def save_tensors(self, name: str, tensors: dict[str, Any]) -> None:
-        """Writes a safetensors file of the folder."""
-        replace_file(os.path.join(self.folder, name), lambda path: _save(tensors, path))
-
     def discard(self) -> None:
         """Removes the folder and lets go of the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -117,6 +113,11 @@ class Journal:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
+
+
+def save_tensors(path: str, tensors: dict[str, Any]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    replace_file(path, lambda temporary: _save(tensors, temporary))
 
 
 def _save(tensors: dict[str, Any], path: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["DenseCheckpoint"]
+__all__ = ["DenseCheckpoint", "renaming_of"]
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -33,6 +35,7 @@ class DenseCheckpoint:
     Args:
         folder (`str`): Of a model.
         prefix (`str`): The model's `base_model_prefix`; checkpoints have names with and without it.
+        rename (`Callable`, *optional*): What a key of the checkpoint is called in the model, see [`renaming_of`].
 
     Attributes:
         shapes: key → shape of every tensor. dtypes: key → dtype.
@@ -41,21 +44,20 @@ class DenseCheckpoint:
         ValueError: If there is no safetensors file, or one is missing or damaged.
     """
 
-    def __init__(self, folder: str, prefix: str = "") -> None:
+    def __init__(self, folder: str, prefix: str = "", rename: Callable[[str], str] | None = None) -> None:
         self.folder, self.prefix = folder, prefix
         self._files: dict[str, str] = {}
+        self._begins: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for path in self._paths():
             try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():
-                        part = file.get_slice(key)
-                        self._files[key] = path
-                        self.shapes[key] = tuple(part.get_shape())
-                        self.dtypes[key] = _DTYPES[part.get_dtype()]
+                for key, (begin, dtype, shape) in _header(path).items():
+                    self._files[key], self._begins[key] = path, begin
+                    self.dtypes[key], self.shapes[key] = dtype, shape
             except (SafetensorError, OSError, KeyError) as error:
                 raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
+        self._renamed = {} if rename is None else {rename(key): key for key in self._files}
 
     def _paths(self) -> list[str]:
         # In transformers' order: hubs hold the weights of some models a second time, under other names.
@@ -86,23 +88,60 @@ class DenseCheckpoint:
                 return key
         return None
 
+    def find(self, name: str) -> str | None:
+        """As [`key`], also where loading renames it: for what is only read. What is written keeps the names of the
+        checkpoint, and whether a new name suits codes as it suits a weight is not known."""
+        return self.key(name) or self._renamed.get(name)
+
     def num_bytes(self, key: str) -> int:
         """Bytes of a tensor as it is stored."""
         return torch.Size(self.shapes[key]).numel() * self.dtypes[key].itemsize
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A copy of a tensor; floating-point ones in `dtype`."""
+        """A tensor; floating-point ones in `dtype`."""
+        path, tensor = self._files[key], torch.empty(self.shapes[key], dtype=self.dtypes[key])
+        # Read, not mapped: what a mapping has touched is in memory beside its copy.
+        data = tensor.view(-1).view(torch.uint8).numpy()
         try:
-            # Opened for each tensor: what a mapping has touched stays resident until it is closed.
-            with safe_open(self._files[key], framework="pt") as file:
-                tensor = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self._files[key]} is damaged or cut off ({error}); download the model again."
-            ) from error
-        return tensor.to(dtype, copy=True) if dtype is not None and tensor.is_floating_point() else tensor.clone()
+            with open(path, "rb") as file:
+                file.seek(self._begins[key])
+                if file.readinto(data) != len(data):
+                    raise EOFError(f"{key} ends early")
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def state(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every file: another state is another model."""
         paths = sorted(set(self._files.values()))
         return [(os.path.basename(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+
+
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """What transformers calls a key of a checkpoint when it loads it into `model`: checkpoints keep the names that a
+    class had when they were made (GPT-NeoX's head is stored as `embed_out`)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+    def rename(key: str) -> str:
+        for step in steps:
+            key, _ = step.rename_source_key(key)
+        return key
+
+    return rename
+
+
+def _header(path: str) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:
+    """Where each tensor of a safetensors file begins, its dtype and its shape."""
+    with safe_open(path, framework="pt"):
+        pass  # says whether the file is whole
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    return {
+        key: (8 + size + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for key, entry in entries.items()
+        if key != "__metadata__"
+    }

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..linear import is_dense_linear
 
-__all__ = ["dense_linears", "refuse_fused_experts"]
+__all__ = ["dense_linears", "refuse_fused_experts", "refuse_linears_of_their_own"]
 
 
 def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -54,4 +54,17 @@ def refuse_fused_experts(model: nn.Module) -> None:
         raise ValueError(
             f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster "
             "in target_modules (attention, shared experts) to leave the fused experts dense."
+        )
+
+
+def refuse_linears_of_their_own(model: nn.Module) -> None:
+    """Raises a ValueError that names the class, if all linear layers inside the model's blocks are of subclasses of
+    `nn.Linear`, which may compute something else from their weight and are never clustered."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    inside = [module for name, module in model.named_modules() if name.startswith(blocks)]
+    others = sorted({type(module).__name__ for module in inside if isinstance(module, nn.Linear)} - {"Linear"})
+    if others and not any(is_dense_linear(module) for module in inside):
+        raise ValueError(
+            f"the blocks of {type(model).__name__} are made of {', '.join(others)}, which is no plain nn.Linear: what "
+            "it computes from its weight is not known, so it cannot be clustered."
         )

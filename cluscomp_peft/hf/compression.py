@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from typing import Any
@@ -27,11 +26,13 @@ from ..codes import ClusterSpec
 from ..compress.allocation import Demand, allocate
 from ..compress.block import BlockSettings
 from ..compress.blocks import BlockModel
-from ..compress.calibration import read_documents, token_windows
+from ..compress.calibration import calibration_windows
 from ..compress.journal import Journal
 from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
 from ..compress.sensitivity import measure_sensitivity
-from ..compress.source import DenseCheckpoint
+from ..compress.source import DenseCheckpoint, renaming_of
+from ..compress.targets import refuse_linears_of_their_own
+from ..compress.workers import peak_memory, visible_devices
 from ..layout import summarize
 from ..linear import weight_of
 from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
@@ -63,6 +64,7 @@ def compress_checkpoint(
     dtype: str = "auto",
     device: str | None = None,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Clusters a dense causal language model and writes a checkpoint that `from_pretrained` loads.
 
@@ -82,8 +84,12 @@ def compress_checkpoint(
         epochs (`int`): Of reconstruction, 0 for none.
         learning_rate (`float`): Of reconstruction, in units of the RMS of what it trains.
         dtype (`str`): Of everything that stays dense; "auto" keeps the checkpoint's.
-        device (`str`, *optional*): Where blocks run; a GPU if there is one.
+        device (`str`, *optional*): Where blocks run and matrices are clustered: "cpu", "cuda", "cuda:1"; a GPU if
+            there is one.
         overwrite (`bool`): Replace `target` if it exists, and forget an unfinished run with other settings.
+        workers (`int`): Processes that make shards at once, without calibration: each takes a block at a time and its
+            share of the threads, or one of the GPUs in turn. The bytes are those of one. A script that asks for more
+            than one must do so under `if __name__ == "__main__":`, because each imports it.
 
     Returns:
         `dict`: true_bits, relative_error, bytes, seconds, matrices, losses, and more that the report holds.
@@ -91,8 +97,11 @@ def compress_checkpoint(
     Raises:
         ValueError: If `target` exists, `source` is compressed already, another run is at work, or model, text and
             settings do not fit.
-        OSError: If the disk is full; the same call goes on where this one ended.
+        OSError: If the disk is full, or a worker was killed (ChildProcessError); the same call goes on where this one
+            ended.
     """
+    _check_workers(workers, calibration)
+    devices = visible_devices(device)
     started = time.perf_counter()
     config = copy.deepcopy(config)  # layout and fingerprint are written into it
     check_folder(source)
@@ -104,17 +113,18 @@ def compress_checkpoint(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(model_config)
     folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
-    dense = DenseCheckpoint(folder, model.base_model_prefix)
+    dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model))
     kept = _dtype(dtype, model_config, dense)
+    if config.target_modules is None:
+        refuse_linears_of_their_own(model)
     layers = chosen_layers(model, config)
     settings = BlockSettings(
         config.dtype, config.quality, config.seed, feedback, epochs, learning_rate, torch.get_num_threads()
     )
     given = None
     if calibration is not None:
-        windows = _windows(model, tokenizer, source, calibration, samples, seqlen)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        given = Calibration(windows, place)
+        windows = calibration_windows(model, tokenizer, source, calibration, samples, seqlen)
+        given = Calibration(windows, devices[0])
 
     parent, name = os.path.split(os.path.abspath(target))
     job = {
@@ -125,7 +135,7 @@ def compress_checkpoint(
         "calibration": None if given is None else hashlib.sha256(given.windows.numpy().tobytes()).hexdigest(),
         "sequences": None if given is None else list(given.windows.shape),
         "feedback, epochs or learning rate": None if given is None else [feedback, epochs, learning_rate],
-        "device": None if given is None else given.device.type,  # which sets the dtype of stored activations
+        "device": devices[0].type,  # which sets the engine of K-means and the dtype of stored activations
         "version": __version__,
     }
     work = os.path.join(parent, f".{name}.partial")
@@ -136,7 +146,17 @@ def compress_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         specs = _specs(model, layers, config, dense, kept, journal, given, size)
-        result = compress_shards(model, dense, specs, journal, settings=settings, dtype=kept, calibration=given)
+        result = compress_shards(
+            model,
+            dense,
+            specs,
+            journal,
+            settings=settings,
+            dtype=kept,
+            devices=devices,
+            calibration=given,
+            workers=workers,
+        )
         join_shards(work, result["shards"])
         squares = [(entry["squared_error"], entry["squared_norm"]) for entry in result["matrices"].values()]
         weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
@@ -149,7 +169,7 @@ def compress_checkpoint(
             "bytes": weight_bytes(work),
             "source_bytes": sum(map(dense.num_bytes, dense.shapes)),
             "seconds": result["seconds"] + journal.content.get("measured", 0.0),
-            "peak_memory": _peak_memory(),
+            "peak_memory": peak_memory() + result["memory"],
             "calibration": None if calibration is None else os.path.basename(calibration),
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
@@ -295,36 +315,15 @@ def _finish(
         write_text(os.path.join(work, file_name), text)
 
 
-def _peak_memory() -> int:
-    """Bytes of the most memory that this process held."""
-    try:
-        # ru_maxrss of a young process includes what the one that started it held.
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _windows(model: Any, tokenizer: Any, source: str, path: str, samples: int, seqlen: int | None) -> torch.Tensor:
-    """Calibration tokens [sequences, length]."""
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration.")
-    if samples < 1:
-        raise ValueError(f"calibration needs at least one sample, got {samples}.")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    length = min(2048, limit or 2048) if seqlen is None else seqlen
-    if limit is not None and length > limit:
-        raise ValueError(f"--seqlen {length} is more than the {limit} positions of the model; give at most {limit}.")
-    documents = read_documents(path, tokenizer)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    windows = token_windows(documents, tokenizer, length, max_tokens=samples * length, vocab_size=vocabulary)
-    whole = [window for window in windows if window.shape[1] == length]
-    if not whole:
+def _check_workers(workers: int, calibration: str | None) -> None:
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}.")
+    if workers > 1 and calibration is not None:
         raise ValueError(
-            f"{path} has {windows[0].shape[1]} tokens, fewer than one calibration sequence of {length}; give more "
-            "text, or a smaller --seqlen."
+            f"workers={workers} and calibration do not go together: each block is fitted to what the compressed ones "
+            "before it hand on, so blocks come one after another, and one process uses all cores for each. Leave out "
+            "--workers, or --calibration."
         )
-    return torch.cat(whole)
 
 
 def _dtype(dtype: str, model_config: Any, dense: DenseCheckpoint) -> torch.dtype:

@@ -4,9 +4,10 @@
     python recipes/benchmarks/compress_memory.py --layers 2         # for a try
 
 The dense checkpoint is random bf16, written shard by shard into a temporary folder. The command runs in a process of
-its own; what counts is the most memory that it ever held (VmHWM), imports included. They take the larger part:
-transformers imports torch.compile, and both it and PEFT what else is installed (triton and bitsandbytes, 120 MB).
-`--hide bitsandbytes triton` measures an installation without. Writes results/compress_memory.json.
+its own; what counts is the most memory that it ever held (VmHWM), imports included. They take the larger part: torch,
+transformers with what it finds installed (torch.compile, triton, hqq), and numba with LLVM; PEFT is not imported.
+`--hide hqq triton` measures an installation without. Compiled kernels are cached: the first run after an installation,
+which compiles them, takes some 90 MB more. Writes results/compress_memory.json.
 """
 
 from __future__ import annotations
