@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.hf.checkpoint import read_report
 from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
+from cluscomp_peft.placement import is_sharded
 
 # For models that come without one: turns in plain text, an end-of-sequence token after each answer.
 PLAIN_TEMPLATE = (
@@ -65,14 +68,27 @@ class ScriptArguments:
 
 
 class RunsAnywhere:
-    """Goes before a config of TRL among the bases: without an accelerator, trains on the CPU in the model's dtype."""
+    """Goes before a config of TRL among the bases: computes in the model's dtype where autocast would do harm.
+
+    Without an accelerator the Trainer refuses bf16, which TRL asks for unless told otherwise. Engines that deal
+    parameters out take it as leave to cast them: codebooks to bf16, which moves centroids, and the deltas.
+    """
 
     def __post_init__(self) -> None:
-        # TRL asks for bf16 unless told otherwise, which the Trainer refuses on a machine without an accelerator.
-        if not torch.accelerator.is_available():
-            # use_cpu would turn DeepSpeed off, which finds the CPU by itself.
-            self.use_cpu = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true"
-            self.bf16 = False if self.bf16 is None else self.bf16
+        fsdp, deepspeed = (
+            os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true" for engine in ("FSDP", "DEEPSPEED")
+        )
+        alone = not torch.accelerator.is_available()
+        if alone:
+            self.use_cpu = not deepspeed  # which finds the CPU by itself, and would be turned off
+        if alone or fsdp or deepspeed:
+            if self.bf16 and not alone:
+                warnings.warn(
+                    "bf16=True would make FSDP and DeepSpeed cast codebooks and deltas; False is used, and everything "
+                    "is computed in the dtype of the model.",
+                    stacklevel=2,
+                )
+            self.bf16 = bool(self.bf16) and alone
         super().__post_init__()
 
 
@@ -144,16 +160,28 @@ def load_data(name: str, config: str | None, split: str) -> Dataset:
 
 
 def train_and_save(trainer: Any, script: ScriptArguments, base: Base) -> None:
-    """Trains, writes the adapter and, with `--merge`, the merged model, and says where they are."""
+    """Trains, writes the adapter, the losses and, with `--merge`, the merged model, and says where they are."""
     folder = trainer.args.output_dir
-    trainer.model.print_trainable_parameters()
+    if trainer.accelerator.is_main_process:
+        trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(folder)
+    trainer.save_state()
     done = [f"adapter in {folder}, base in {base.path} at {base.bits:.3f} true bits per weight"]
-    if script.merge:
+    if script.merge and trainer.accelerator.is_main_process:
         merged_dir = os.path.join(folder, "merged")
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(safe_merge=True)
+        merged = adapted(trainer, script, base).merge_and_unload(safe_merge=True)
         merged.save_pretrained(merged_dir)
         base.tokenizer.save_pretrained(merged_dir)
         done.append(f"merged in {merged_dir} at {true_bits(merged):.3f} true bits per weight")
     trainer.accelerator.print("\n".join(done))
+    trainer.accelerator.end_training()
+
+
+def adapted(trainer: Any, script: ScriptArguments, base: Base) -> PeftModel:
+    """The trained model in one process: as it is, or loaded again where it is spread over several."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return model
+    whole = AutoModelForCausalLM.from_pretrained(base.path, dtype=script.dtype)
+    return PeftModel.from_pretrained(whole, trainer.args.output_dir)

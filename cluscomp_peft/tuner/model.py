@@ -1,9 +1,9 @@
 """`ClusCompModel`: PEFT's tuner. It finds the layers, checks everything that can be wrong before it touches one, puts
 the tuner layers in place, and says what an adapter file holds.
 
-    plan      match names, validate settings, weights, saved file and fingerprint (planning.py, saving.py); nothing is
-              changed, errors end here
-    replace   compressed layer → ClusCompLinear; dense layer → K-means → ClusCompLinear or ClusCompDenseLinear
+    plan      match names, validate settings, weights, saved file and fingerprint (planning.py, saving.py), cluster
+              dense layers (clustering.py); nothing is changed, errors end here
+    replace   compressed layer → ClusCompLinear; dense layer and its codes → ClusCompLinear or ClusCompDenseLinear
     save      see saving.py
 """
 
@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
-from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..compress.cluster import cluster_codes, cluster_linear
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
-from ..linear import ClusteredLinear, is_dense_linear, sum_deltas, weight_of
+from ..linear import ClusteredLinear, sum_deltas, weight_of
 from ..offloading import execution_device, put_back
+from .clustering import Codes, cluster_layers, codes_to_load, empty_layer
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
@@ -56,7 +54,7 @@ class ClusCompModel(BaseTuner):
     # -- plan
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._progress: tqdm | None = None
+        self._made: dict[str, Any] = {}
         # Dense layers are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         # PeftModel.from_pretrained took the hooks of offloaded layers off, and would dispatch the model anew when the
@@ -77,10 +75,7 @@ class ClusCompModel(BaseTuner):
                 model.__dict__.pop("_hf_peft_config_loaded", None)
             raise
         finally:
-            if self._progress is not None:
-                self._progress.close()
-            self._progress = None
-            self._replaced = []
+            self._made, self._replaced = {}, []
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
@@ -91,10 +86,8 @@ class ClusCompModel(BaseTuner):
         check_layers(self.model, peft_config, layers)
         if peft_config.expects_weights:
             check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
-        dense = sum(is_dense_linear(layer) for layer in layers.values())
-        if dense and not peft_config.expects_weights:
-            # disable=None: silent where nobody watches a terminal
-            self._progress = tqdm(total=dense, desc="Clustering", unit="matrix", disable=None)
+        else:
+            self._made = cluster_layers(layers, peft_config)
         return peft_config
 
     def _default_targets(self, config: ClusCompConfig) -> set[str]:
@@ -174,50 +167,19 @@ class ClusCompModel(BaseTuner):
             return ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
         weight = weight_of(target)
         if config.base == "dense":
-            spec, codes = self._dense_codes(name, target, config, saved)
-            return ClusCompDenseLinear(target, adapter_name, config, weight.device, spec, codes)
-        dtype = codebook_dtype(target, config)
-        if saved is not None or weight.device.type == "meta":
-            # Nothing to cluster: codes come with the file. Built apart from init_empty_weights' patched registration.
-            spec = saved or clustering_of(name, *weight.shape, config, dtype)
-            clustered = _empty_like(target, spec, dtype)
-        else:
-            clustered = cluster_linear(
-                target,
-                clustering_of(name, *weight.shape, config, dtype),
-                codebook_dtype=dtype,
-                quality=config.quality,
-                seed=config.seed,
-                name=name,
-            )
-            self._tick()
-        return ClusCompLinear(clustered, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
-
-    def _dense_codes(
-        self, name: str, target: nn.Module, config: ClusCompConfig, saved: ClusterSpec | None
-    ) -> tuple[ClusterSpec, torch.Tensor | None]:
-        """Spec and packed codes for an adapter on a dense weight; codes are None where a file has them."""
-        if saved is not None:
-            return saved, None
-        weight = weight_of(target)
-        spec = clustering_of(name, *weight.shape, config, torch.float32)
-        spec = ClusterSpec(spec.group_size, spec.num_clusters)
-        if weight.device.type == "meta":
-            return spec, None
-        packed, _, _, _ = cluster_codes(
-            weight, spec, codebook_dtype=torch.float32, quality=config.quality, seed=config.seed, name=name
-        )
-        self._tick()
-        return spec, packed
+            codes = self._made.pop(name, None) or Codes(saved or codes_to_load(name, target, config).spec, None)
+            return ClusCompDenseLinear(target, adapter_name, config, weight.device, *codes)
+        made = self._made.pop(name, None)
+        if made is None:
+            # Codes come with the file. Built apart from init_empty_weights' patched registration.
+            dtype = codebook_dtype(target, config)
+            made = empty_layer(target, saved or clustering_of(name, *weight.shape, config, dtype), dtype)
+        return ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight, which a clustered layer decodes at every access.
         self._replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
-
-    def _tick(self) -> None:
-        if self._progress is not None:
-            self._progress.update()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32 by default; with `autocast_adapter_dtype=False` deltas take the dtype of the base, as TRL asks for
@@ -333,20 +295,3 @@ class ClusCompModel(BaseTuner):
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
         config.settle()
         return mapped
-
-
-def _empty_like(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:
-    """A clustered layer in the shape of a dense one, NaN-filled, its bias shared."""
-    weight = weight_of(dense)
-    out_features, in_features = weight.shape
-    template = ClusteredLinear(in_features, out_features, spec, codebook_dtype=codebook_dtype, device="meta")
-    parts = {
-        key: None
-        if value is None
-        else torch.full_like(value, math.nan if value.is_floating_point() else 0, device=weight.device)
-        for key, value in template._parameters.items()
-        if key != "bias"
-    }
-    return ClusteredLinear.from_parts(
-        **parts, bias=dense.bias, out_features=out_features, conv1d=isinstance(dense, Conv1D)
-    )

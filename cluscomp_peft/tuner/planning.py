@@ -13,6 +13,7 @@ from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
 from ..compress.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import offload_hook
+from ..placement import is_sharded
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, ClusCompLinear
@@ -70,6 +71,11 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                     "with `cluscomp compress` and load the result with the same device_map."
                 )
             weight = weight_of(module)
+            if is_sharded(weight):
+                raise ValueError(
+                    f"{name} is dense and spread over processes (FSDP2 or ZeRO-3); its weight must be whole to be "
+                    "clustered. Compress the model with `cluscomp compress` first, and train the result."
+                )
             if not config.expects_weights:
                 if weight.device.type != "meta":
                     check_finite(weight, name)

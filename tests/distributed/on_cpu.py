@@ -9,13 +9,23 @@ tells its state of the processes and of the plugin that the launcher described; 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import runpy
+import signal
 import sys
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from trl import SFTTrainer
+
+from cluscomp_peft.placement import shape_of
 
 _init, _prepare_backend = AcceleratorState.__init__, PartialState._prepare_backend
 
@@ -44,8 +54,67 @@ def enable() -> None:
         PartialState._prepare_backend = _prepare_gloo
 
 
+def report(trainer: Any, folder: str) -> None:
+    """Writes to FOLDER/rank*.json: bytes of codes that this process holds, their total, a digest of what is trained."""
+    held = total = 0
+    digest = hashlib.sha256()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(_whole(parameter).cpu().numpy().tobytes())
+        if name.endswith(".codes"):
+            total += math.prod(shape_of(parameter))
+            held += _held(parameter)
+    rank = trainer.args.process_index
+    facts = {"codes": held, "all_codes": total, "trained": digest.hexdigest(), "world": trainer.args.world_size}
+    with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
+        json.dump(facts, file)
+
+
+def _held(parameter: torch.Tensor) -> int:
+    """Bytes of a parameter's codes in this process."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    # ZeRO-3 leaves nothing in the parameter but where it is gathered.
+    return parameter.numel() or parameter.ds_tensor.numel()
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter, gathered; every process calls this."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def observe() -> None:
+    """What the tests' variables ask for: ON_CPU_REPORT=folder, ON_CPU_KILL=rank:step."""
+    train, compute_loss = Trainer.train, SFTTrainer.compute_loss
+    folder, kill = os.environ.get("ON_CPU_REPORT"), os.environ.get("ON_CPU_KILL")
+
+    def train_and_report(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        result = train(self, *args, **kwargs)
+        report(self, str(folder))
+        return result
+
+    def compute_loss_or_die(self: SFTTrainer, *args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(self, *args, **kwargs)
+        if kill == f"{self.args.process_index}:{self.state.global_step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    if folder:
+        Trainer.train = train_and_report
+    if kill:
+        SFTTrainer.compute_loss = compute_loss_or_die
+
+
 if __name__ == "__main__":
     enable()
+    observe()
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,143 @@
+"""Codes for the dense layers of a model that is about to be adapted.
+
+In a process group every process builds the same adapter, so the matrices are dealt out: each is clustered once, and
+its codes are broadcast. They are those that one process would have made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..codes import ClusterSpec, num_groups, packed_width
+from ..compress.cluster import cluster_codes, cluster_linear
+from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from .config import ClusCompConfig
+from .planning import clustering_of, codebook_dtype
+
+__all__ = ["Codes", "cluster_layers", "codes_to_load", "empty_layer"]
+
+
+class Codes(NamedTuple):
+    """What an adapter on a dense weight needs: packed codes [in, width], uint8, None if they are to be loaded."""
+
+    spec: ClusterSpec
+    packed: torch.Tensor | None
+
+
+def cluster_layers(
+    layers: Mapping[str, nn.Module], config: ClusCompConfig
+) -> dict[str, ClusteredLinear] | dict[str, Codes]:
+    """Clusters the dense ones of the layers whose weights are in memory.
+
+    Where `torch.distributed` is initialised, all processes have to call this, with the same model and config.
+
+    Args:
+        layers: Name to layer.
+        config ([`ClusCompConfig`]): How.
+
+    Returns:
+        `dict`: Name to `ClusteredLinear`, or with `base="dense"` to [`Codes`].
+
+    Raises:
+        ValueError: If the processes have different models.
+    """
+    dense = {name: layer for name, layer in layers.items() if is_dense_linear(layer)}
+    here = {name: layer for name, layer in dense.items() if weight_of(layer).device.type != "meta"}
+    rank, owners = _deal(list(dense), complete=len(here) == len(dense))
+    mine = [name for name in here if owners.get(name, rank) == rank]
+    # disable=None: silent where nobody watches a terminal
+    bar = tqdm(mine, desc="Clustering", unit="matrix", disable=None if mine else True)
+    made = {name: _cluster(name, dense[name], config) for name in bar}
+    for name, owner in owners.items():
+        product = made[name] if name in made else _blank(name, dense[name], config)
+        for tensor in _tensors(product):
+            _broadcast(tensor, owner)
+        made[name] = product
+    return made
+
+
+def codes_to_load(name: str, dense: nn.Module, config: ClusCompConfig) -> Codes:
+    """For an adapter on a dense weight whose codes come with a file."""
+    spec = clustering_of(name, *weight_of(dense).shape, config, torch.float32)
+    return Codes(ClusterSpec(spec.group_size, spec.num_clusters), None)
+
+
+def empty_layer(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:
+    """A clustered layer in the shape of a dense one, NaN-filled, its bias shared."""
+    weight = weight_of(dense)
+    out_features, in_features = weight.shape
+    template = ClusteredLinear(in_features, out_features, spec, codebook_dtype=codebook_dtype, device="meta")
+    parts = {
+        key: None
+        if value is None
+        else torch.full_like(value, math.nan if value.is_floating_point() else 0, device=weight.device)
+        for key, value in template._parameters.items()
+        if key != "bias"
+    }
+    return ClusteredLinear.from_parts(
+        **parts, bias=dense.bias, out_features=out_features, conv1d=isinstance(dense, Conv1D)
+    )
+
+
+def _deal(names: list[str], complete: bool) -> tuple[int, dict[str, int]]:
+    """This process, and which process clusters what; nothing is dealt out where there is one only."""
+    if not names or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0, {}
+    hands: list[tuple[list[str], bool]] = [([], False)] * dist.get_world_size()
+    dist.all_gather_object(hands, (names, complete))
+    if any(other != names for other, _ in hands):
+        raise ValueError(
+            f"the processes adapt different layers: {[len(other) for other, _ in hands]} dense ones on ranks 0 to "
+            f"{len(hands) - 1}. Give all of them the same model and config."
+        )
+    able = [rank for rank, (_, has_weights) in enumerate(hands) if has_weights]
+    return dist.get_rank(), dict(zip(names, cycle(able), strict=False)) if able else {}
+
+
+def _cluster(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
+    if config.base == "clustered":
+        dtype = codebook_dtype(dense, config)
+        spec = clustering_of(name, *weight_of(dense).shape, config, dtype)
+        return cluster_linear(dense, spec, codebook_dtype=dtype, quality=config.quality, seed=config.seed, name=name)
+    spec, _ = codes_to_load(name, dense, config)
+    packed, _, _, _ = cluster_codes(
+        weight_of(dense), spec, codebook_dtype=torch.float32, quality=config.quality, seed=config.seed, name=name
+    )
+    return Codes(spec, packed)
+
+
+def _blank(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
+    """Room for what another process clusters."""
+    weight = weight_of(dense)
+    out_features, in_features = weight.shape
+    if config.base == "clustered":
+        dtype = codebook_dtype(dense, config)
+        return empty_layer(dense, clustering_of(name, out_features, in_features, config, dtype), dtype)
+    spec, _ = codes_to_load(name, dense, config)
+    width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
+    return Codes(spec, torch.empty(in_features, width, dtype=torch.uint8, device=weight.device))
+
+
+def _tensors(product: ClusteredLinear | Codes) -> Iterable[torch.Tensor]:
+    if isinstance(product, Codes):
+        return [] if product.packed is None else [product.packed]
+    return [value for key, value in product._parameters.items() if key != "bias" and value is not None]
+
+
+def _broadcast(tensor: torch.Tensor, owner: int) -> None:
+    """Overwrites the tensor by that of process `owner`; by way of the accelerator if the group talks there only."""
+    data = tensor.detach()
+    if data.device.type == "cpu" and "cpu:" not in dist.get_backend_config():
+        data = data.to(torch.accelerator.current_accelerator())
+    dist.broadcast(data, owner)
+    if data.device != tensor.device:
+        tensor.detach().copy_(data)
