@@ -55,7 +55,7 @@ def enable() -> None:
 
 
 def report(trainer: Any, folder: str) -> None:
-    """Writes to FOLDER/rank*.json: bytes of codes that this process holds, their total, a digest of what is trained."""
+    """Writes to FOLDER/rank*.json: bytes of codes in this process, their total, a digest of what is trained."""
     held = total = 0
     digest = hashlib.sha256()
     for name, parameter in trainer.model.named_parameters():
