@@ -22,6 +22,7 @@ from .conftest import RECIPES, WORDS, flags, logits_of
 
 CONFIGS = RECIPES / "configs" / "accelerate"
 ON_CPU = Path(__file__).parent / "distributed" / "on_cpu.py"
+DENSE_BORN = Path(__file__).parent / "distributed" / "dense_born.py"
 STEPS, BATCH = 20, 4
 SMALL = {
     "max_length": 32,
@@ -95,7 +96,7 @@ class Runs:
             **settings,
         }
         cache = str(self.folder / f"cache-{name}")
-        script = RECIPES / "sft.py"
+        script = Path(settings.pop("script", RECIPES / "sft.py"))
         return launch(
             script, processes, self.config(engine), *flags(**settings), HF_DATASETS_CACHE=cache, **environment
         )
@@ -162,6 +163,36 @@ def test_two_processes_train_as_one(runs, tokens, engine):
     pytest.importorskip("deepspeed") if engine.startswith("zero") else None
     alone = runs.run("alone", 1, None)
     check(runs, alone, runs.run(engine, 2, engine), tokens, engine, 2)
+
+
+def check_dense_born(runs: Runs, dense: str, tokens: torch.Tensor, engine: str, kind: str) -> None:
+    settings = {"script": DENSE_BORN, "model_name_or_path": dense, "kind": kind, "use_cpu": engine != "zero2"}
+    alone = runs.run(f"{kind}-alone", 1, None, **settings)
+    together = runs.run(f"{kind}-{engine}", 2, engine, **settings)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    config, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (alone, together))
+    assert config["carries_codes"] and config["fingerprint"] == other["fingerprint"] is not None
+    assert len({one["trained"] for one in ranks(together)}) == 1
+    one, two = adapted(dense, alone), adapted(dense, together)
+    assert torch.allclose(logits_of(one, tokens), logits_of(two, tokens), atol=1e-3)
+
+
+def test_dense_layers_are_dealt_out_and_saved_whole(runs, dense_dir, tokens):
+    check_dense_born(runs, dense_dir, tokens, "fsdp2", "clustered")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clustered", "dense"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_adapters_on_dense_models(runs, dense_dir, tokens, engine, kind):
+    check_dense_born(runs, dense_dir, tokens, engine, kind)
+
+
+def test_a_dense_model_under_zero3_is_refused(runs, dense_dir):
+    process = runs.start("refused", 2, "zero3", script=DENSE_BORN, model_name_or_path=dense_dir)
+    output = finish(process)
+    assert process.returncode != 0
+    assert "must be whole to be clustered. Compress the model with `cluscomp compress` first" in output, output[-3000:]
 
 
 @pytest.mark.slow

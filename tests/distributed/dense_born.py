@@ -1,0 +1,53 @@
+"""SFTTrainer with an adapter on a dense model, which `recipes/sft.py` would compress first.
+
+    python tests/distributed/dense_born.py --kind clustered --model_name_or_path MODEL --dataset_name DATA …
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from cluscomp_peft import ClusCompConfig
+
+
+@dataclass
+class Arguments:
+    """Besides those of TRL."""
+
+    model_name_or_path: str
+    dataset_name: str
+    kind: str = field(default="clustered", metadata={"help": "ClusCompConfig.base"})
+    dtype: str = "float32"
+
+
+@dataclass
+class OnCPU(SFTConfig):
+    """Without autocast."""
+
+    def __post_init__(self) -> None:
+        self.bf16 = False
+        super().__post_init__()
+
+
+def main() -> None:
+    arguments, training = TrlParser((Arguments, OnCPU)).parse_args_and_config()
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype),
+        args=training,
+        train_dataset=load_dataset("json", data_files=arguments.dataset_name, split="train"),
+        peft_config=ClusCompConfig(
+            task_type="CAUSAL_LM", base=arguments.kind, group_size=3, num_clusters=12, scales=True
+        ),
+    )
+    trainer.train()
+    trainer.save_model(training.output_dir)
+    trainer.save_state()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
