@@ -412,7 +412,7 @@ import random_models
 
 # Few centroids: the trained deltas, which stay in memory, are small beside the codes.
 random_models.choose_spec = lambda *args, **settings: ClusterSpec(3, 512)
-SHAPE = Shape(hidden=1024, intermediate=2816, layers=24, heads=8, kv_heads=8, vocab=256)
+SHAPE = Shape(hidden=2048, intermediate=5632, layers=24, heads=16, kv_heads=16, vocab=256)
 job, folder = sys.argv[1:]
 MAPS = {"resident": None, "disk": {"model.layers": "disk", "model.embed_tokens": "cpu", "model.norm": "cpu"}}
 MAPS["disk"] |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -473,10 +473,10 @@ def run(*arguments: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks from /proc")
 def test_a_model_on_disk_takes_a_fraction_of_its_size(tmp_path):
-    """300 M weights: neither the codes nor, thanks to checkpointing, what autograd keeps of them are in memory."""
+    """1.2 G weights: neither the codes nor, thanks to checkpointing, what autograd keeps of them are in memory."""
     run("write", str(tmp_path))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     in_memory, on_disk = run("resident", str(tmp_path)), run("disk", str(tmp_path))
     assert (on_disk["logits"], on_disk["losses"]) == (in_memory["logits"], in_memory["losses"])
     assert in_memory["serving"] > size > 2 * on_disk["serving"]
-    assert on_disk["training"] < in_memory["training"] - 0.4 * size, (size, in_memory, on_disk)
+    assert on_disk["training"] < size / 2 < in_memory["training"], (size, in_memory, on_disk)
