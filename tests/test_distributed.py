@@ -203,19 +203,23 @@ def test_four_processes_train_as_one(runs, tokens, engine):
     check(runs, alone, runs.run(f"{engine}-4", 4, engine), tokens, engine, 4)
 
 
-def test_a_killed_rank_ends_the_run_and_its_checkpoint_resumes_elsewhere(runs):
-    """Rank 1 of 2 is killed inside step 13 under FSDP2; one process, sharding alone, goes on from step 10."""
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_run_and_its_checkpoint_resumes_elsewhere(runs, engine):
+    """Rank 1 of 2 is killed inside step 13; one process goes on from step 10 (FSDP2's, sharding alone)."""
     alone = runs.run("alone", 1, None)
     started = time.monotonic()
     checkpoints = {"save_strategy": "steps", "save_steps": 5, "gradient_checkpointing": True}
-    process = runs.start("killed", 2, "fsdp2", **checkpoints, ON_CPU_KILL="1:13")
+    name = f"killed-{engine}"
+    process = runs.start(name, 2, engine, **checkpoints, ON_CPU_KILL="1:13")
     output = finish(process)
     assert process.returncode != 0
     assert "exitcode  : -9" in output, output[-3000:]
     assert time.monotonic() - started < PATIENCE
-    folder = runs.folder / "killed"
+    folder = runs.folder / name
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
-    process = runs.start("killed", 1, "fsdp2", resume_from_checkpoint=folder / "checkpoint-10")
+    process = runs.start(
+        name, 1, "fsdp2" if engine == "fsdp2" else None, resume_from_checkpoint=folder / "checkpoint-10"
+    )
     output = finish(process)
     assert process.returncode == 0, output[-4000:]
     assert losses(folder)[:10] == pytest.approx(losses(alone)[:10], rel=1e-4)

@@ -1,6 +1,8 @@
 """SFTTrainer with an adapter on a dense model, which `recipes/sft.py` would compress first.
 
     python tests/distributed/dense_born.py --kind clustered --model_name_or_path MODEL --dataset_name DATA …
+
+`on_cpu.py` runs it on several processes. Flags of TRL's SFTConfig work.
 """
 
 from __future__ import annotations
