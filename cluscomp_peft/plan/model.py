@@ -20,8 +20,8 @@ from ..hf.config import ClusCompQuantizationConfig
 from ..hf.quantizer import choose_specs
 from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..tuner.clustered_layer import ClusCompLinear
 from ..tuner.config import ClusCompConfig
-from ..tuner.layer import ClusCompLinear
 from .ledger import TILE_BYTES, FusedAttention, Ledger
 from .settings import DTYPES, Settings
 

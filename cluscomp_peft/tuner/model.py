@@ -24,10 +24,11 @@ from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, sum_deltas, weight_of
 from ..offloading import execution_device, put_back
+from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, codes_to_load, empty_layer
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
-from .layer import ClusCompLayer, ClusCompLinear
+from .layer import ClusCompLayer
 from .planning import check_layers, clustering_of, codebook_dtype
 from .saving import check_saved, describe_and_complete, settle_loaded
 

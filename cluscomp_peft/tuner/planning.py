@@ -14,9 +14,10 @@ from ..compress.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import offload_hook
 from ..placement import is_sharded
+from .clustered_layer import ClusCompLinear
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
-from .layer import ClusCompLayer, ClusCompLinear
+from .layer import ClusCompLayer
 
 __all__ = ["check_layers", "clustering_of", "codebook_dtype"]
 

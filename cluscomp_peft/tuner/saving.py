@@ -24,8 +24,9 @@ from ..layout import summarize
 from ..linear import ClusteredLinear, is_dense_linear
 from ..offloading import stored
 from ..placement import is_whole
+from .clustered_layer import ClusCompLinear
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, ClusCompLinear, digest_bytes
+from .layer import ClusCompLayer, digest_bytes
 
 __all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
 

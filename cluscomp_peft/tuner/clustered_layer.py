@@ -1,0 +1,100 @@
+"""The tuner layer on codes: `y = base_layer(x, deltas of the active adapters)`, and merging writes the same sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..codes import ClusterSpec, value_fingerprint
+from ..linear import ClusteredLinear
+from ..offloading import execution_device
+from ..placement import is_whole
+from .config import ClusCompConfig
+from .layer import ClusCompLayer, refuse_non_finite
+
+__all__ = ["ClusCompLinear"]
+
+
+class ClusCompLinear(ClusCompLayer, nn.Module):
+    """An adapter on codes. `dense_dtype` is the dtype of the weight that was clustered, None on a compressed model."""
+
+    base_layer: ClusteredLinear
+
+    def __init__(
+        self,
+        base_layer: ClusteredLinear,
+        adapter_name: str,
+        config: ClusCompConfig,
+        device: torch.device,
+        dense_dtype: torch.dtype | None = None,
+        spec: ClusterSpec | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        ClusCompLayer.__init__(self, base_layer, base_layer.in_features, base_layer.out_features, device)
+        self.dense_dtype = dense_dtype
+        self._codebook_digest: str | None = None
+        self.dense_born = dense_dtype is not None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, spec)
+
+    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
+        """Adds an adapter; `spec` is what a saved one was made for, by default what the base is now."""
+        if not self._pending:
+            self._home = execution_device(self.base_layer)
+        self._add(adapter_name, config, spec or self.base_spec())
+
+    def base_spec(self) -> ClusterSpec:
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
+        assert codebook is not None
+        return ClusterSpec.of(codebook, scale_in, scale_out)
+
+    def fingerprint(self) -> str | None:
+        return self.base_layer.fingerprint()
+
+    def codebook_fingerprint(self) -> str | None:
+        parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]
+        if all(part is None or is_whole(part) for part in parts):
+            self._codebook_digest = value_fingerprint(parts)
+        return self._codebook_digest
+
+    def base_values(self) -> torch.Tensor:
+        codebook = self.base_tensor("codebook")
+        assert codebook is not None
+        return codebook
+
+    def stored_bytes(self) -> int:
+        """Bytes of codes, codebooks and scales once the active adapters are merged."""
+        if self.merged or self.disable_adapters:
+            return self.base_layer.stored_bytes()
+        with torch.no_grad():
+            spec = ClusterSpec.of(*self.base_layer.effective(self.deltas(self.active_adapters)))
+        return spec.num_bytes(self.in_features, self.out_features, self.base_layer.codebook.element_size())
+
+    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
+        deltas = self.deltas(adapter_names)
+        if safe_merge:
+            with torch.no_grad():
+                refuse_non_finite(self.base_layer.effective(deltas), adapter_names)
+        self._keep(("codebook", "scale_in", "scale_out"))
+        self.base_layer.merge(deltas)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer with the active adapters for x [..., in]: [..., out]."""
+        if self._runs_as_base():
+            return self.base_layer(x, *args, **kwargs)
+        self.settle(self.active_adapters)
+        # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
+        return self.base_layer(x, self.deltas(self.active_adapters))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT leaves in place of this layer: the clustered layer, or the dense one if the model was dense."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer if self.dense_dtype is None else self.base_layer.to_dense(self.dense_dtype)
+
+    def __repr__(self) -> str:
+        return "cluscomp." + nn.Module.__repr__(self)
