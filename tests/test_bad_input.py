@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import shutil
 
 import pytest
@@ -361,28 +362,24 @@ def test_an_adapter_of_a_merged_base_on_the_unmerged_one(adapter, compressed, co
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), tmp_path / "second")
 
 
-def interrupt(monkeypatch, after: int):
-    """Ctrl-C while the given matrix is clustered."""
-    from cluscomp_peft.tuner import model as tuner_model
+@pytest.mark.parametrize("phase", ["clustering.cluster_linear", "model.ClusCompLinear"])
+def test_an_interrupted_injection_is_undone(dense_dir, tokens, monkeypatch, phase):
+    """Ctrl-C at the sixth matrix, while it is clustered and while its layer is replaced."""
+    path = f"cluscomp_peft.tuner.{phase}"
+    original, done = pkgutil.resolve_name(path), []
 
-    done = []
-    original = tuner_model.cluster_linear
-
-    def clustering(*arguments, **settings):
+    def make(*arguments, **settings):
         done.append(1)
-        if len(done) > after:
+        if len(done) > 5:
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(tuner_model, "cluster_linear", clustering)
-
-
-def test_an_interrupted_injection_is_undone(dense_dir, tokens, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(dense_dir)
     expected = logits_of(model, tokens)
-    interrupt(monkeypatch, after=5)
+    monkeypatch.setattr(path, make)
     with pytest.raises(KeyboardInterrupt):
         get_peft_model(model, config_for("born"))
+    assert len(done) == 6
     assert_untouched(model, expected, tokens)
 
 
