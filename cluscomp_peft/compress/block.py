@@ -24,7 +24,7 @@ from ..codes import ClusterSpec, pack, unpack
 from ..linear import ClusteredLinear, weight_of
 from .blocks import BlockModel
 from .cluster import cluster_codes
-from .feedback import damp, refine_codes
+from .feedback import cholesky, damp, refine_codes
 from .reconstruction import reconstruct
 
 __all__ = ["BlockSettings", "compress_block"]
@@ -217,7 +217,7 @@ def _cluster(
     if settings.feedback and hessian is not None and moments.drift is not None and not moments.unlike:
         # W* = W + W E[(x − x̂) x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
         drift = weight @ (moments.drift / moments.tokens)
-        wanted = weight + torch.linalg.solve(damp(hessian).double(), drift.t().double()).t().float()
+        wanted = weight + torch.cholesky_solve(drift.t().double(), cholesky(damp(hessian))).t().float()
     packed, codebook, scale_in, scale_out = cluster_codes(
         wanted,
         spec,

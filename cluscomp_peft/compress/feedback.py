@@ -25,7 +25,7 @@ import torch
 from ..clustering.search import Nearest
 from ..codes import group
 
-__all__ = ["refine_codes"]
+__all__ = ["cholesky", "damp", "feedback_factor", "refine_codes"]
 
 _BLOCK = 128
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it: H is estimated from finitely many tokens
@@ -59,7 +59,8 @@ def refine_codes(
     order = torch.argsort(hessian.diagonal(), descending=True)
     # A channel a row, so that the vectors of a channel lie together: [in, groups · g], padded with zeros.
     vectors = group(weight, codebook.shape[1]).flatten(1)[order].contiguous()
-    problem = _Problem(vectors, hessian[order][:, order].contiguous(), weight.shape[0])
+    hessian = hessian[order]
+    problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
     del hessian
     found = codes[order]
     candidate = problem.carry(Nearest(codebook, threads))
@@ -76,23 +77,38 @@ def refine_codes(
 
 def damp(hessian: torch.Tensor) -> torch.Tensor:
     """H plus 1 % of the mean of its diagonal, so that channels that calibration never excited count a little."""
+    return _raise_diagonal(hessian, max(_DAMPING * float(hessian.diagonal().mean()), 1e-30), hessian.dtype)
+
+
+def cholesky(hessian: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor of H, fp64; of H with a larger diagonal where H is not positive.
+
+    Raises:
+        ValueError: If no diagonal helps.
+    """
     mean = float(hessian.diagonal().mean())
-    return hessian + torch.eye(len(hessian), device=hessian.device) * max(_DAMPING * mean, 1e-30)
+    for damping in (0.0, 0.01, 0.1, 1.0):
+        lower, info = torch.linalg.cholesky_ex(_raise_diagonal(hessian, damping * mean, torch.float64))
+        if int(info) == 0:
+            return lower
+    raise ValueError("the second moments of the inputs are not positive; calibrate on other text.")
 
 
 def feedback_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of H⁻¹, fp32: row i says what an error of channel i does to those after it."""
-    hessian = hessian.double()
-    eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    mean = float(hessian.diagonal().mean())
-    for damping in (0.0, 0.01, 0.1, 1.0):
-        lower, info = torch.linalg.cholesky_ex(hessian + eye * (damping * mean))
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                return upper.float()
-    raise ValueError("the second moments of the inputs are not positive; calibrate on other text.")
+    """The upper Cholesky factor of H⁻¹, fp32: row i says what an error of channel i does to those after it.
+
+    With J turning the order round and J H J = L Lᵀ it is J L⁻¹ J: H⁻¹ itself, as large as H in fp64, is not needed.
+    """
+    lower = cholesky(hessian.flip(0, 1))
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, inverse, upper=False)
+    return inverse.float().flip(0, 1)
+
+
+def _raise_diagonal(matrix: torch.Tensor, by: float, dtype: torch.dtype) -> torch.Tensor:
+    raised = matrix.to(dtype, copy=True)
+    raised.diagonal().add_(by)
+    return raised
 
 
 class _Problem:

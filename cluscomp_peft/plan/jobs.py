@@ -140,7 +140,7 @@ def compress(model: Model, settings: Settings) -> Job:
 
 
 def compress_calibrated(model: Model, settings: Settings) -> Job:
-    """Where the blocks run. Error feedback takes 72 · in² bytes for moments of inputs and their factors in fp64, and
+    """Where the blocks run. Error feedback takes 52 · in² bytes for moments of inputs and their factors in fp64, and
     24 + 24 / group_size for each weight of the matrix at work."""
     assert settings.bits is not None
     specs = model.stored(settings.bits).specs
@@ -151,7 +151,7 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
     largest = 0.0
     for name, layer in model.linears.items():
         in_features = weight_of(layer).shape[1]
-        feedback = 72 * in_features**2 + (24 + 24 / specs[name].group_size) * weights[name]
+        feedback = 52 * in_features**2 + (24 + 24 / specs[name].group_size) * weights[name]
         solve = 40 * in_features**2 + 36 * weights[name]
         largest = max(largest, feedback, solve)
     length = calibration_length(model)
