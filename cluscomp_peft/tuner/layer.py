@@ -62,7 +62,7 @@ class ClusCompLayer(BaseTunerLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ("cluscomp_fingerprint",)
+    other_param_names = ("code_digest",)
 
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
@@ -81,8 +81,9 @@ class ClusCompLayer(BaseTunerLayer):
         # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
         self._pending: set[str] = set()
         self._absolute: set[str] = set()
-        # Parameters and no buffers: accelerate shards whatever is in a state dict.
-        self.cluscomp_fingerprint = nn.ParameterDict({})
+        # Parameters and no buffers: accelerate shards whatever is in a state dict. Without PEFT's prefix, because they
+        # are not trained.
+        self.code_digest = nn.ParameterDict({})
         self._home = device
 
     # -- adapters
@@ -125,7 +126,7 @@ class ClusCompLayer(BaseTunerLayer):
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
-        self.cluscomp_fingerprint[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
+        self.code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
         if not config.expects_weights:
             self.sign(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -199,7 +200,7 @@ class ClusCompLayer(BaseTunerLayer):
             raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
         for name in waiting:
             self._refuse_unloaded(name)
-            self.check_fingerprint(name, self.cluscomp_fingerprint[name])
+            self.check_fingerprint(name, self.code_digest[name])
             self._pending.discard(name)
 
     def awaits(self, adapter_name: str) -> bool:
@@ -215,7 +216,7 @@ class ClusCompLayer(BaseTunerLayer):
         """Notes the digest of this layer's codes as those that the adapter belongs to."""
         found = self.fingerprint()
         if found is not None:
-            self.cluscomp_fingerprint[adapter_name] = _frozen(digest_bytes(found))
+            self.code_digest[adapter_name] = _frozen(digest_bytes(found))
         self.codebook_fingerprint()  # remembered, for when the codebook is spread over processes
 
     def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:

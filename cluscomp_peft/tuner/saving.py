@@ -64,7 +64,7 @@ def describe_and_complete(
         codebooks.append(layer.codebook_fingerprint())
         if digest is not None:
             layer.settle([adapter_name])
-            tensors[f"{name}.cluscomp_fingerprint.{adapter_name}"] = digest_bytes(digest)
+            tensors[f"{name}.code_digest.{adapter_name}"] = digest_bytes(digest)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         for key in [key for key in tensors if key.startswith(prefix)]:
             leaf = key.removeprefix(prefix)
@@ -97,7 +97,7 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
         ValueError: If they are not equal, or the adapter was made for other codes than the model has.
     """
     for name, layer in _layers(model, adapter_name):
-        digest = tensors.get(f"{name}.cluscomp_fingerprint.{adapter_name}")
+        digest = tensors.get(f"{name}.code_digest.{adapter_name}")
         if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
             layer.check_fingerprint(adapter_name, digest)
     for name, layer in _layers(model, adapter_name):
