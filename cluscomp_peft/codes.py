@@ -90,9 +90,13 @@ class ClusterSpec:
         """Bits of one code."""
         return code_bits(self.num_clusters)
 
+    def code_bytes(self, out_features: int) -> int:
+        """Bytes of the codes of one input channel."""
+        return packed_width(num_groups(out_features, self.group_size), self.code_bits)
+
     def num_bytes(self, in_features: int, out_features: int, codebook_itemsize: int = 2) -> int:
         """Bytes that a matrix of this shape stores: codes, codebooks and scales."""
-        codes = in_features * packed_width(num_groups(out_features, self.group_size), self.code_bits)
+        codes = in_features * self.code_bytes(out_features)
         values = self.num_blocks * self.num_clusters * self.group_size
         values += in_features * self.scale_in + out_features * self.scale_out
         return codes + values * codebook_itemsize

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
-from .codes import ClusterSpec, fingerprint, num_groups, packed_width, value_fingerprint
+from .codes import ClusterSpec, fingerprint, value_fingerprint
 from .offloading import offload_hook, store, stored, taken_away_on_error
 from .placement import is_whole
 
@@ -84,13 +84,12 @@ class ClusteredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
-        width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
         shape = (spec.num_blocks, spec.num_clusters, spec.group_size)
 
         def empty(*size: int, dtype: torch.dtype | None = codebook_dtype) -> nn.Parameter:
             return nn.Parameter(torch.full(size, math.nan, dtype=dtype, device=device), requires_grad=False)
 
-        codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
+        codes = torch.zeros(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.codebook = empty(*shape)
         self.register_parameter("scale_in", empty(in_features) if spec.scale_in else None)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..codes import ClusterSpec, num_groups, packed_width
+from ..codes import ClusterSpec
 from ..compress.cluster import cluster_codes, cluster_linear
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from .config import ClusCompConfig
@@ -123,8 +123,8 @@ def _blank(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLine
         dtype = codebook_dtype(dense, config)
         return empty_layer(dense, clustering_of(name, out_features, in_features, config, dtype), dtype)
     spec, _ = codes_to_load(name, dense, config)
-    width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
-    return Codes(spec, torch.empty(in_features, width, dtype=torch.uint8, device=weight.device))
+    packed = torch.empty(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=weight.device)
+    return Codes(spec, packed)
 
 
 def _tensors(product: ClusteredLinear | Codes) -> Iterable[torch.Tensor]:

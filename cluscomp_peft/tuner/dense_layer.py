@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..codes import ClusterSpec, fingerprint, num_groups, packed_width
+from ..codes import ClusterSpec, fingerprint
 from ..linear import sum_deltas, weight_of
 from ..placement import is_whole
 from .config import ClusCompConfig
@@ -45,8 +45,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         out_features, in_features = weight_of(base_layer).shape
         ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
         if codes is None:  # to be loaded
-            width = packed_width(num_groups(out_features, spec.group_size), spec.code_bits)
-            codes = torch.zeros(in_features, width, dtype=torch.uint8, device=device)
+            codes = torch.zeros(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self._digest: str | None = None
         # A dense weight takes scales for nothing, so they train unless the config says no.
