@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from . import ops
 from .codes import ClusterSpec, fingerprint, value_fingerprint
 from .offloading import offload_hook, store, stored, taken_away_on_error
-from .placement import is_whole
+from .placement import is_whole, shape_of
 
 __all__ = [
     "ClusteredLinear",
@@ -36,6 +36,7 @@ __all__ = [
     "is_dense_linear",
     "sum_deltas",
     "weight_of",
+    "weight_shape",
 ]
 
 
@@ -282,6 +283,12 @@ def is_dense_linear(module: nn.Module) -> bool:
 def weight_of(module: nn.Module) -> torch.Tensor:
     """The weight of a dense linear layer as [out, in], a view."""
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a dense linear layer, also while its weight is partitioned."""
+    rows, columns = shape_of(module.weight)
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_bits(model: nn.Module) -> tuple[int, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.distributed.tensor import DTensor
 
-__all__ = ["is_sharded", "is_whole", "shape_of"]
+__all__ = ["gathered", "is_partitioned", "is_sharded", "is_whole", "shape_of"]
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
@@ -15,9 +18,26 @@ def is_whole(tensor: torch.Tensor) -> bool:
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether FSDP2 or ZeRO-3 left this process a part of the tensor."""
-    return isinstance(tensor, DTensor) or tensor.shape != shape_of(tensor)
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 left this process a part of the tensor."""
+    return tensor.shape != shape_of(tensor)
 
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:
     """The shape of the whole: DeepSpeed leaves an empty tensor where a parameter is partitioned, and notes it."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def gathered(parameter: torch.Tensor) -> Iterator[None]:
+    """While this lasts, a parameter that ZeRO-3 partitioned is whole; all processes have to enter together."""
+    if not is_partitioned(parameter):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield

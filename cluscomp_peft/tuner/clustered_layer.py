@@ -12,9 +12,11 @@ from ..linear import ClusteredLinear
 from ..offloading import execution_device
 from ..placement import is_whole
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, refuse_non_finite
+from .layer import ClusCompLayer, refuse_non_finite, root_mean_square
 
-__all__ = ["ClusCompLinear"]
+__all__ = ["BASE_TENSORS", "ClusCompLinear"]
+
+BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
 
 
 class ClusCompLinear(ClusCompLayer, nn.Module):
@@ -59,10 +61,14 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             self._codebook_digest = value_fingerprint(parts)
         return self._codebook_digest
 
-    def base_values(self) -> torch.Tensor:
+    def base_rms(self) -> float:
         codebook = self.base_tensor("codebook")
         assert codebook is not None
-        return codebook
+        return root_mean_square(codebook)
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        parts = {key: self.base_tensor(key) for key in BASE_TENSORS} if self.dense_born else {}
+        return {f"base_layer.{key}": tensor for key, tensor in parts.items() if tensor is not None}
 
     def stored_bytes(self) -> int:
         """Bytes of codes, codebooks and scales once the active adapters are merged."""

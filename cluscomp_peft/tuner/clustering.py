@@ -1,11 +1,13 @@
 """Codes for the dense layers of a model that is about to be adapted.
 
 In a process group every process builds the same adapter, so the matrices are dealt out: each is clustered once, and
-its codes are broadcast. They are those that one process would have made.
+its codes are broadcast. They are those that one process would have made. Weights that ZeRO-3 partitioned are gathered
+one by one for that, each process keeping those that it clusters.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from itertools import cycle
@@ -19,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
 from ..compress.cluster import cluster_codes, cluster_linear
-from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
+from ..placement import gathered, is_partitioned
 from .config import ClusCompConfig
-from .planning import clustering_of, codebook_dtype
+from .planning import check_weight, codebook_dtype, spec_of
 
-__all__ = ["Codes", "cluster_layers", "codes_to_load", "empty_layer"]
+__all__ = ["Codes", "cluster_layers", "empty_layer"]
 
 
 class Codes(NamedTuple):
@@ -48,15 +51,16 @@ def cluster_layers(
         `dict`: Name to `ClusteredLinear`, or with `base="dense"` to [`Codes`].
 
     Raises:
-        ValueError: If the processes have different models.
+        ValueError: If the processes have different models, or weights have numbers that codebooks cannot hold.
     """
     dense = {name: layer for name, layer in layers.items() if is_dense_linear(layer)}
-    here = {name: layer for name, layer in dense.items() if weight_of(layer).device.type != "meta"}
+    here = {name: layer for name, layer in dense.items() if layer.weight.device.type != "meta"}
     rank, owners = _deal(list(dense), complete=len(here) == len(dense))
-    mine = [name for name in here if owners.get(name, rank) == rank]
+    whole = {name: _whole(name, here[name], config, owners.get(name, rank) == rank) for name in here}
+    mine = {name: layer for name, layer in whole.items() if layer is not None}
     # disable=None: silent where nobody watches a terminal
-    bar = tqdm(mine, desc="Clustering", unit="matrix", disable=None if mine else True)
-    made = {name: _cluster(name, dense[name], config) for name in bar}
+    bar = tqdm(list(mine), desc="Clustering", unit="matrix", disable=None if mine else True)
+    made = {name: _cluster(name, mine.pop(name), config) for name in bar}
     for name, owner in owners.items():
         product = made[name] if name in made else _blank(name, dense[name], config)
         for tensor in _tensors(product):
@@ -65,21 +69,14 @@ def cluster_layers(
     return made
 
 
-def codes_to_load(name: str, dense: nn.Module, config: ClusCompConfig) -> Codes:
-    """For an adapter on a dense weight whose codes come with a file."""
-    spec = clustering_of(name, *weight_of(dense).shape, config, torch.float32)
-    return Codes(ClusterSpec(spec.group_size, spec.num_clusters), None)
-
-
 def empty_layer(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype) -> ClusteredLinear:
     """A clustered layer in the shape of a dense one, NaN-filled, its bias shared."""
-    weight = weight_of(dense)
-    out_features, in_features = weight.shape
+    out_features, in_features = weight_shape(dense)
     template = ClusteredLinear(in_features, out_features, spec, codebook_dtype=codebook_dtype, device="meta")
     parts = {
         key: None
         if value is None
-        else torch.full_like(value, math.nan if value.is_floating_point() else 0, device=weight.device)
+        else torch.full_like(value, math.nan if value.is_floating_point() else 0, device=dense.weight.device)
         for key, value in template._parameters.items()
         if key != "bias"
     }
@@ -103,12 +100,25 @@ def _deal(names: list[str], complete: bool) -> tuple[int, dict[str, int]]:
     return dist.get_rank(), dict(zip(names, cycle(able), strict=False)) if able else {}
 
 
+def _whole(name: str, dense: nn.Module, config: ClusCompConfig, wanted: bool) -> nn.Module | None:
+    """The layer with all of its weight, None unless it is wanted; all processes call this for a partitioned one."""
+    if not is_partitioned(dense.weight):
+        return dense if wanted else None
+    with gathered(dense.weight):
+        check_weight(name, dense, config)
+        if not wanted:
+            return None
+        whole = copy.copy(dense)
+        weight = nn.Parameter(dense.weight.detach().clone(), requires_grad=False)
+        whole._parameters = {**dense._parameters, "weight": weight}
+    return whole
+
+
 def _cluster(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
+    spec = spec_of(name, dense, config)
     if config.base == "clustered":
         dtype = codebook_dtype(dense, config)
-        spec = clustering_of(name, *weight_of(dense).shape, config, dtype)
         return cluster_linear(dense, spec, codebook_dtype=dtype, quality=config.quality, seed=config.seed, name=name)
-    spec, _ = codes_to_load(name, dense, config)
     packed, _, _, _ = cluster_codes(
         weight_of(dense), spec, codebook_dtype=torch.float32, quality=config.quality, seed=config.seed, name=name
     )
@@ -117,13 +127,11 @@ def _cluster(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLi
 
 def _blank(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
     """Room for what another process clusters."""
-    weight = weight_of(dense)
-    out_features, in_features = weight.shape
+    spec = spec_of(name, dense, config)
     if config.base == "clustered":
-        dtype = codebook_dtype(dense, config)
-        return empty_layer(dense, clustering_of(name, out_features, in_features, config, dtype), dtype)
-    spec, _ = codes_to_load(name, dense, config)
-    packed = torch.empty(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=weight.device)
+        return empty_layer(dense, spec, codebook_dtype(dense, config))
+    out_features, in_features = weight_shape(dense)
+    packed = torch.empty(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=dense.weight.device)
     return Codes(spec, packed)
 
 

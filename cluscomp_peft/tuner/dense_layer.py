@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..codes import ClusterSpec, fingerprint
-from ..linear import sum_deltas, weight_of
-from ..placement import is_whole
+from ..linear import sum_deltas, weight_of, weight_shape
+from ..placement import gathered, is_whole
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, refuse_non_finite
+from .layer import ClusCompLayer, refuse_non_finite, root_mean_square
 
 __all__ = ["ClusCompDenseLinear"]
 
@@ -42,7 +42,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         codes: torch.Tensor | None,
     ) -> None:
         nn.Module.__init__(self)
-        out_features, in_features = weight_of(base_layer).shape
+        out_features, in_features = weight_shape(base_layer)
         ClusCompLayer.__init__(self, base_layer, in_features, out_features, device)
         if codes is None:  # to be loaded
             codes = torch.zeros(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=device)
@@ -65,14 +65,18 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
             self._digest = fingerprint(self.codes, self.out_features, self._spec)
         return self._digest
 
-    def base_values(self) -> torch.Tensor:
+    def base_rms(self) -> float:
         weight = self.base_tensor("weight")
         assert weight is not None
-        return weight
+        with gathered(weight):
+            return root_mean_square(weight)
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes}
 
     def stored_bytes(self) -> int:
         """Bytes of the dense weight, which merging does not change."""
-        return self.base_layer.weight.numel() * self.base_layer.weight.element_size()
+        return self.in_features * self.out_features * self.base_layer.weight.element_size()
 
     def _total(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """ΔC and the scales 1 + Σδ of the given adapters."""

@@ -28,7 +28,7 @@ from ..offloading import offload_hook, store, stored
 from ..placement import is_sharded
 from .config import ClusCompConfig
 
-__all__ = ["ClusCompLayer", "digest_bytes", "refuse_non_finite"]
+__all__ = ["ClusCompLayer", "digest_bytes", "refuse_non_finite", "root_mean_square"]
 
 # One unit of a scale's delta is this share of the unit of a centroid's, both relative to their size.
 _SCALE_SHARE = 0.25
@@ -85,6 +85,7 @@ class ClusCompLayer(BaseTunerLayer):
         # are not trained.
         self.code_digest = nn.ParameterDict({})
         self._home = device
+        self._kept: dict[str, torch.Tensor] = {}
 
     # -- adapters
 
@@ -102,9 +103,24 @@ class ClusCompLayer(BaseTunerLayer):
         """
         return ""
 
-    def base_values(self) -> torch.Tensor:
-        """What units are relative to: the codebook, or on a dense base the weight."""
+    def base_rms(self) -> float:
+        """What units are relative to, root mean square: the codebook, or on a dense base the weight; 1 without any."""
         raise NotImplementedError
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        """What a file holds of this layer's base: the key inside the layer to the tensor. Empty unless dense-born."""
+        raise NotImplementedError
+
+    def keep_for_file(self) -> None:
+        """Copies to host memory what a file holds of the base, for [`kept`].
+
+        For ZeRO-3, which is about to partition the base, and leaves what is not trained out of what it gathers.
+        """
+        self._kept = {key: tensor.detach().cpu() for key, tensor in self.carried().items()}
+
+    def kept(self, key: str) -> torch.Tensor | None:
+        """What [`keep_for_file`] kept, None if there is nothing."""
+        return self._kept.get(key)
 
     def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:
         """Creates the adapter for a base stored as `spec`."""
@@ -145,11 +161,7 @@ class ClusCompLayer(BaseTunerLayer):
 
     def set_units(self, adapter_name: str, values: torch.Tensor | None = None) -> float:
         """Fixes an adapter's units by the RMS of `values`, by default of what the base holds; returns that RMS."""
-        values = self.base_values() if values is None else values
-        rms = 1.0
-        if values.device.type != "meta":
-            rms = float(values.detach().float().square().mean().sqrt())
-            rms = rms if rms > 0 and math.isfinite(rms) else 1.0
+        rms = self.base_rms() if values is None else root_mean_square(values)
         scale = self._delta_scales[adapter_name]
         self._units[adapter_name] = (_power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale))
         return rms
@@ -346,6 +358,12 @@ def digest_bytes(digest: str) -> torch.Tensor:
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def root_mean_square(values: torch.Tensor) -> float:
+    """Of values in memory that are not all 0; 1 of all others."""
+    rms = math.nan if values.is_meta else float(values.detach().float().square().mean().sqrt())
+    return rms if rms > 0 and math.isfinite(rms) else 1.0
 
 
 def _power_of_two(value: float) -> float:

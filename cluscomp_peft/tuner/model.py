@@ -16,20 +16,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..codes import ClusterSpec
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
-from ..linear import ClusteredLinear, sum_deltas, weight_of
+from ..linear import ClusteredLinear, sum_deltas
 from ..offloading import execution_device, put_back
+from ..placement import is_partitioned
 from .clustered_layer import ClusCompLinear
-from .clustering import Codes, cluster_layers, codes_to_load, empty_layer
+from .clustering import Codes, cluster_layers, empty_layer
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
-from .planning import check_layers, clustering_of, codebook_dtype
+from .planning import check_layers, codebook_dtype, spec_of
 from .saving import check_saved, describe_and_complete, settle_loaded
 
 __all__ = ["ClusCompModel"]
@@ -166,16 +168,18 @@ class ClusCompModel(BaseTuner):
     ) -> ClusCompLayer:
         if isinstance(target, ClusteredLinear):
             return ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
-        weight = weight_of(target)
+        weight, made = target.weight, self._made.pop(name, None)
+        spec = saved or spec_of(name, target, config)
+        layer: ClusCompLayer
         if config.base == "dense":
-            codes = self._made.pop(name, None) or Codes(saved or codes_to_load(name, target, config).spec, None)
-            return ClusCompDenseLinear(target, adapter_name, config, weight.device, *codes)
-        made = self._made.pop(name, None)
-        if made is None:
-            # Codes come with the file. Built apart from init_empty_weights' patched registration.
-            dtype = codebook_dtype(target, config)
-            made = empty_layer(target, saved or clustering_of(name, *weight.shape, config, dtype), dtype)
-        return ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
+            layer = ClusCompDenseLinear(target, adapter_name, config, weight.device, *(made or Codes(spec, None)))
+        else:
+            # Codes may come with the file. Built apart from init_empty_weights' patched registration.
+            made = made or empty_layer(target, spec, codebook_dtype(target, config))
+            layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
+        if is_partitioned(weight) and PartialState().is_local_main_process:
+            layer.keep_for_file()
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight, which a clustered layer decodes at every access.

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
 from ..compress.cluster import check_finite, check_range
-from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
 from ..offloading import offload_hook
-from ..placement import is_sharded
+from ..placement import is_whole
 from .clustered_layer import ClusCompLinear
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
 
-__all__ = ["check_layers", "clustering_of", "codebook_dtype"]
+__all__ = ["check_layers", "check_weight", "clustering_of", "codebook_dtype", "spec_of"]
 
 
 def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
@@ -72,17 +73,15 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                     "with `cluscomp compress` and load the result with the same device_map."
                 )
             weight = weight_of(module)
-            if is_sharded(weight):
+            if isinstance(weight, DTensor):
                 raise ValueError(
-                    f"{name} is dense and spread over processes (FSDP2 or ZeRO-3); its weight must be whole to be "
-                    "clustered. Compress the model with `cluscomp compress` first, and train the result."
+                    f"{name} is dense and spread over processes by FSDP2; its weight must be whole to be clustered. "
+                    "Make the adapter before the model is sharded, as Trainer does."
                 )
             if not config.expects_weights:
-                if weight.device.type != "meta":
-                    check_finite(weight, name)
-                    if config.base == "clustered":
-                        check_range(weight, codebook_dtype(module, config), name)
-                spec = clustering_of(name, *weight.shape, config, codebook_dtype(module, config))
+                if is_whole(weight):
+                    check_weight(name, module, config)
+                spec = clustering_of(name, *weight_shape(module), config, codebook_dtype(module, config))
                 if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
                     capped.append(name)
         else:
@@ -90,7 +89,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                 f"Target module {module} is not supported. ClusComp adapts `torch.nn.Linear`, "
                 f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
             )
-        in_features = weight_of(module).shape[1] if is_dense_linear(module) else module.in_features
+        in_features = weight_shape(module)[1] if is_dense_linear(module) else module.in_features
         if config.num_blocks is not None and config.num_blocks > in_features:
             raise ValueError(
                 f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
@@ -105,6 +104,17 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
             "bits.",
             stacklevel=2,
         )
+
+
+def check_weight(name: str, module: nn.Module, config: ClusCompConfig) -> None:
+    """Holds the numbers of a dense layer, which must be whole, against what codebooks can hold.
+
+    Raises:
+        ValueError: If there are NaN or infinite values, or values that the codebook's dtype cannot hold.
+    """
+    check_finite(weight_of(module), name)
+    if config.base == "clustered":
+        check_range(weight_of(module), codebook_dtype(module, config), name)
 
 
 def clustering_of(
@@ -127,6 +137,14 @@ def clustering_of(
 def codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
     """Of codebooks and scales, where a dense layer is clustered."""
     return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
+
+
+def spec_of(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusterSpec:
+    """How a dense layer is clustered for an adapter; on a dense base only the codes are kept."""
+    if config.base == "clustered":
+        return clustering_of(name, *weight_shape(dense), config, codebook_dtype(dense, config))
+    spec = clustering_of(name, *weight_shape(dense), config, torch.float32)
+    return ClusterSpec(spec.group_size, spec.num_clusters)
 
 
 def _check_same_codes(name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:

@@ -24,14 +24,13 @@ from ..layout import summarize
 from ..linear import ClusteredLinear, is_dense_linear
 from ..offloading import stored
 from ..placement import is_whole
-from .clustered_layer import ClusCompLinear
+from .clustered_layer import BASE_TENSORS
 from .config import ClusCompConfig
 from .layer import ClusCompLayer, digest_bytes
 
 __all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
 
 _FILE_PREFIX = "base_model.model."
-_BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
 
 
 def describe_and_complete(
@@ -71,12 +70,17 @@ def describe_and_complete(
             if tensors[key].is_meta:  # offloaded with the model
                 tensors[key] = stored(layer.cluscomp_delta[adapter_name], leaf)
             tensors[key] = tensors[key] * layer.unit_of(adapter_name, leaf)
-        if isinstance(layer, ClusCompLinear) and layer.dense_born:
-            for key in _BASE_TENSORS:
-                tensor = layer.base_tensor(key)
-                if tensor is not None:
-                    path = f"{name}.base_layer.{key}"
-                    tensors[path] = tensor.detach() if is_whole(tensor) else state_dict[path]
+        if prefix + "codebook" not in tensors:  # a process that does not write
+            continue
+        for key, tensor in layer.carried().items():
+            path = f"{name}.{key}"
+            found = tensor.detach() if is_whole(tensor) else state_dict.get(path, layer.kept(key))
+            if found is None:
+                raise RuntimeError(
+                    f"{path} is spread over processes and not in the state dict that was given; pass "
+                    "save_pretrained(state_dict=...) what the engine gathers, as Trainer does."
+                )
+            tensors[path] = found
     facts = {
         "carries_codes": carries_codes,
         "layout": summarize(specs, [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]),
@@ -113,7 +117,7 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
             layer.loaded(adapter_name)
         if len(layer.cluscomp_delta) == 1:
             continue
-        for key in _BASE_TENSORS:
+        for key in BASE_TENSORS:
             present = layer.base_tensor(key)
             for saved in [tensors.pop(f"{spelling}{key}", None) for spelling in spellings]:
                 if saved is not None and (present is None or not torch.equal(saved.to(present.device), present)):
