@@ -34,6 +34,7 @@ SMALL = {
     "disable_tqdm": True,
 }
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+SLOW_TO_RESUME = ["ddp", "zero2", "zero3"]
 # Minutes over an idle machine's half: what a test allows before it takes a run for one that hangs.
 PATIENCE = 400
 
@@ -102,23 +103,26 @@ class Runs:
         )
 
     def config(self, engine: str | None) -> Path | None:
-        """The recipe's; for ZeRO-3 with a threshold of 0, above which the layers of a real model are and ours not."""
-        if engine != "zero3":
+        """The recipe's; for ZeRO-3 with a threshold of 0, above which the layers of a real model are and ours not.
+
+        "… universal" goes on from a checkpoint that `ds_to_universal` made.
+        """
+        if engine not in ("zero3", "zero2 universal", "zero3 universal"):
             return engine and CONFIGS / f"{engine}.yaml"
-        lines = (CONFIGS / "zero3.yaml").read_text().splitlines()
-        details, config = self.folder / "zero3.json", self.folder / "zero3.yaml"
+        kind, *universal = engine.split()
+        stage3 = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
         settings = {
-            "zero_optimization": {
-                "stage": 3,
-                "stage3_param_persistence_threshold": 0,
-                "stage3_gather_16bit_weights_on_model_save": True,
-            },
+            "zero_optimization": {"stage": 3, **stage3} if kind == "zero3" else {"stage": 2},
+            "checkpoint": {"load_universal": bool(universal)},
             **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
             **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
         }
+        details, config = self.folder / f"{engine}.json", self.folder / f"{engine}.yaml"
         details.write_text(json.dumps(settings))
+        lines = (CONFIGS / f"{kind}.yaml").read_text().splitlines()
         kept = [line for line in lines if not line.startswith(("  ", "mixed_precision"))]
-        config.write_text("\n".join([*kept, f"  deepspeed_config_file: {details}", "  zero3_init_flag: true"]))
+        init = str(kind == "zero3").lower()
+        config.write_text("\n".join([*kept, f"  deepspeed_config_file: {details}", f"  zero3_init_flag: {init}"]))
         return config
 
     def run(self, name: str, processes: int, engine: str | None, **settings) -> Path:
@@ -165,8 +169,17 @@ def test_two_processes_train_as_one(runs, tokens, engine):
     check(runs, alone, runs.run(engine, 2, engine), tokens, engine, 2)
 
 
-def check_dense_born(runs: Runs, dense: str, tokens: torch.Tensor, engine: str, kind: str) -> None:
-    settings = {"script": DENSE_BORN, "model_name_or_path": dense, "kind": kind, "use_cpu": not engine.startswith("zero")}
+def check_dense_born(
+    runs: Runs, dense: str, tokens: torch.Tensor, engine: str, kind: str, adapter: Path | None = None
+) -> None:
+    settings = {
+        "script": DENSE_BORN,
+        "model_name_or_path": dense,
+        "kind": kind,
+        "use_cpu": not engine.startswith("zero"),
+    }
+    if adapter is not None:
+        settings["adapter"], kind = adapter, f"{kind}-further"
     alone = runs.run(f"{kind}-alone", 1, None, **settings)
     together = runs.run(f"{kind}-{engine}", 2, engine, **settings)
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
@@ -194,6 +207,14 @@ def test_partitioned_dense_layers_are_gathered_and_their_codes_saved(runs, dense
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clustered", "dense"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_saved_adapter_brings_its_codes(runs, dense_dir, tokens, engine, kind):
+    check_dense_born(runs, dense_dir, tokens, "ddp", kind)
+    check_dense_born(runs, dense_dir, tokens, engine, kind, runs.folder / f"{kind}-alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_four_processes_train_as_one(runs, tokens, engine):
     pytest.importorskip("deepspeed") if engine.startswith("zero") else None
@@ -201,9 +222,22 @@ def test_four_processes_train_as_one(runs, tokens, engine):
     check(runs, alone, runs.run(f"{engine}-4", 4, engine), tokens, engine, 4)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def where_to_resume(engine: str, checkpoint: Path) -> str | None:
+    """The engine for one process to go on with; DeepSpeed's checkpoints are made independent of their number."""
+    if not engine.startswith("zero"):
+        return "fsdp2" if engine == "fsdp2" else None
+    step = checkpoint / "global_step10"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(step), "--output_folder", f"{step}_universal"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return f"{engine} universal"
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW_TO_RESUME)])
 def test_a_killed_rank_ends_the_run_and_its_checkpoint_resumes_elsewhere(runs, engine):
     """Rank 1 of 2 is killed inside step 13; one process goes on from step 10 (FSDP2's, sharding alone)."""
+    pytest.importorskip("deepspeed") if engine.startswith("zero") else None
     alone = runs.run("alone", 1, None)
     started = time.monotonic()
     checkpoints = {"save_strategy": "steps", "save_steps": 5, "gradient_checkpointing": True}
@@ -215,9 +249,8 @@ def test_a_killed_rank_ends_the_run_and_its_checkpoint_resumes_elsewhere(runs, e
     assert time.monotonic() - started < PATIENCE
     folder = runs.folder / name
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
-    process = runs.start(
-        name, 1, "fsdp2" if engine == "fsdp2" else None, resume_from_checkpoint=folder / "checkpoint-10"
-    )
+    checkpoint = folder / "checkpoint-10"
+    process = runs.start(name, 1, where_to_resume(engine, checkpoint), resume_from_checkpoint=checkpoint)
     output = finish(process)
     assert process.returncode == 0, output[-4000:]
     assert losses(folder)[:10] == pytest.approx(losses(alone)[:10], rel=1e-4)

@@ -19,6 +19,7 @@ import math
 import warnings
 
 import torch
+from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
@@ -67,6 +68,8 @@ class ClusCompLayer(BaseTunerLayer):
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
     dense_born: bool = True
+    # Whether ZeRO-3 had partitioned the dense weight when the layer was made.
+    was_partitioned: bool = False
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, device: torch.device) -> None:
         self.base_layer = base_layer
@@ -111,15 +114,18 @@ class ClusCompLayer(BaseTunerLayer):
         """What a file holds of this layer's base: the key inside the layer to the tensor. Empty unless dense-born."""
         raise NotImplementedError
 
-    def keep_for_file(self) -> None:
-        """Copies to host memory what a file holds of the base, for [`kept`].
+    def note_base(self, adapter_name: str) -> None:
+        """Takes down what saving needs of the base, which an engine may be about to spread over processes.
 
-        For ZeRO-3, which is about to partition the base, and leaves what is not trained out of what it gathers.
+        That is its digests, and under ZeRO-3 in the main process's host memory what a file holds of it ([`kept`]):
+        DeepSpeed leaves what is not trained out of what it gathers.
         """
-        self._kept = {key: tensor.detach().cpu() for key, tensor in self.carried().items()}
+        self.sign(adapter_name)
+        if self.was_partitioned and not self._kept and PartialState().is_local_main_process:
+            self._kept = {key: tensor.detach().cpu() for key, tensor in self.carried().items()}
 
     def kept(self, key: str) -> torch.Tensor | None:
-        """What [`keep_for_file`] kept, None if there is nothing."""
+        """What [`note_base`] kept under this key of [`carried`], None if there is nothing."""
         return self._kept.get(key)
 
     def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:

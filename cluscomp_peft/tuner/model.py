@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
@@ -177,8 +176,9 @@ class ClusCompModel(BaseTuner):
             # Codes may come with the file. Built apart from init_empty_weights' patched registration.
             made = made or empty_layer(target, spec, codebook_dtype(target, config))
             layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
-        if is_partitioned(weight) and PartialState().is_local_main_process:
-            layer.keep_for_file()
+        layer.was_partitioned = is_partitioned(weight)
+        if not config.expects_weights:
+            layer.note_base(adapter_name)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -192,6 +192,9 @@ class ClusCompModel(BaseTuner):
         # PEFT's last step after loading weights, and also after creating empty layers for them.
         if not self.peft_config[adapter_name].expects_weights:
             self.__dict__.pop("hf_device_map", None)
+            for layer in self.model.modules():
+                if isinstance(layer, ClusCompLayer) and layer.dense_born and adapter_name in layer.cluscomp_delta:
+                    layer.note_base(adapter_name)
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from datasets import load_dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer, TrlParser
 
@@ -24,6 +25,7 @@ class Arguments:
     dataset_name: str
     kind: str = field(default="clustered", metadata={"help": "ClusCompConfig.base"})
     dtype: str = "float32"
+    adapter: str | None = field(default=None, metadata={"help": "To go on with, instead of a new one."})
 
 
 @dataclass
@@ -37,13 +39,17 @@ class OnCPU(SFTConfig):
 
 def main() -> None:
     arguments, training = TrlParser((Arguments, OnCPU)).parse_args_and_config()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+    config = None
+    if arguments.adapter is None:
+        config = ClusCompConfig(task_type="CAUSAL_LM", base=arguments.kind, group_size=3, num_clusters=12, scales=True)
+    else:
+        model = PeftModel.from_pretrained(model, arguments.adapter, is_trainable=True)
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype),
+        model=model,
         args=training,
         train_dataset=load_dataset("json", data_files=arguments.dataset_name, split="train"),
-        peft_config=ClusCompConfig(
-            task_type="CAUSAL_LM", base=arguments.kind, group_size=3, num_clusters=12, scales=True
-        ),
+        peft_config=config,
     )
     trainer.train()
     trainer.save_model(training.output_dir)
