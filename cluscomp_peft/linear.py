@@ -14,12 +14,15 @@ The class is deliberately no `nn.Linear`: tools that merge into `nn.Linear.weigh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
@@ -273,11 +276,35 @@ def apply_deltas(
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether the module is a layer that can be clustered: exactly `nn.Linear` or `Conv1D`.
+    """Whether the module is a layer that can be clustered: `nn.Linear`, `Conv1D`, or Falcon's own linear layer.
 
-    A subclass may mean something else by its weight (bitsandbytes' `Linear4bit` packs it), so it does not count.
+    A subclass of `nn.Linear` may mean something else by its weight (bitsandbytes' `Linear4bit` packs it). It counts
+    if it holds a weight and a bias alone, and has a `forward` of its own that computes x Wᵀ + b from them.
     """
-    return type(module) in (nn.Linear, Conv1D)
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    # Other numbers (the scales of an fp8 weight, say) say how to read this one.
+    bare = isinstance(module, nn.Linear) and module._parameters.keys() == {"weight", "bias"} and not module._buffers
+    return bare and _computes_linear(type(module))
+
+
+@functools.cache
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class's own `forward` is the linear map, tried out on something that has nothing but its numbers."""
+    if "forward" not in vars(kind):  # whoever inherits it has another reason to be a class of its own
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=generator, device="cpu") for size in ((3, 5), (3,), (2, 4, 5)))
+    for own_bias in (bias, None):
+        layer = SimpleNamespace(weight=weight, bias=own_bias, in_features=5, out_features=3, training=False)
+        try:
+            result = kind.forward(layer, x)  # type: ignore[arg-type]
+        except Exception:
+            return False
+        expected = functional.linear(x, weight, own_bias)
+        if not torch.is_tensor(result) or result.shape != expected.shape or not torch.allclose(result, expected):
+            return False
+    return True
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

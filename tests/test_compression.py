@@ -33,8 +33,9 @@ from transformers import (
     OPTConfig,
     Qwen3Config,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
+from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear, linear
 from cluscomp_peft.cli import main
 from cluscomp_peft.clustering.search import Nearest
 from cluscomp_peft.codes import unpack
@@ -601,14 +602,23 @@ def test_a_model_without_a_list_of_blocks(dense, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_linear_layers_of_a_class_of_their_own(calibrated, text, tokenizer, tmp_path):
+def test_linear_layers_of_a_class_of_their_own(calibrated, text, tokenizer, tokens, tmp_path, monkeypatch):
     source = str(tmp_path / "dense")
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     AutoModelForCausalLM.from_config(FalconConfig(**COMMON, **shape)).save_pretrained(source)
     tokenizer.save_pretrained(source)
     flags = dict(calibration=text, **QUICK) if calibrated else {}
-    refused("blocks of FalconForCausalLM are made of FalconLinear", tmp_path, source, str(tmp_path / "out"),
-            quick_config(), **flags)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(FalconLinear, "forward", lambda self, x: 2 * (x @ self.weight.T))
+        linear._computes_linear.cache_clear()
+        refused("blocks of FalconForCausalLM are made of FalconLinear", tmp_path, source, str(tmp_path / "out"),
+                quick_config(), **flags)  # fmt: skip
+    linear._computes_linear.cache_clear()
+    compress_checkpoint(source, str(tmp_path / "out"), quick_config(), **flags)
+    dense, model = (AutoModelForCausalLM.from_pretrained(path) for path in (source, str(tmp_path / "out")))
+    layers = [module for module in model.modules() if isinstance(module, ClusteredLinear)]
+    assert len(layers) == len([module for module in dense.modules() if isinstance(module, FalconLinear)]) == 8
+    assert torch.allclose(logits_of(model, tokens), logits_of(model.dequantize(), tokens), atol=1e-5)
 
 
 def test_a_head_under_another_name_is_read_and_written_as_it_was(dense, tmp_path):

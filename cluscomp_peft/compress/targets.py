@@ -65,6 +65,6 @@ def refuse_linears_of_their_own(model: nn.Module) -> None:
     others = sorted({type(module).__name__ for module in inside if isinstance(module, nn.Linear)} - {"Linear"})
     if others and not any(is_dense_linear(module) for module in inside):
         raise ValueError(
-            f"the blocks of {type(model).__name__} are made of {', '.join(others)}, which is no plain nn.Linear: what "
-            "it computes from its weight is not known, so it cannot be clustered."
+            f"the blocks of {type(model).__name__} are made of {', '.join(others)}, which computes something else "
+            "from its weight than nn.Linear, so it cannot be clustered."
         )
