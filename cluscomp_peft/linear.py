@@ -285,7 +285,7 @@ def is_dense_linear(module: nn.Module) -> bool:
         return True
     # Other numbers (the scales of an fp8 weight, say) say how to read this one.
     bare = isinstance(module, nn.Linear) and module._parameters.keys() == {"weight", "bias"} and not module._buffers
-    return bare and _computes_linear(type(module))
+    return bare and _computes_linear(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -167,7 +167,7 @@ class ClusCompConfig(PeftConfig):
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
         """How many delta codebooks a matrix [out, in] stored as `spec` gets.
 
-        By `rank` a number of three significant bits: merging adapters of different ranks stores the least common
+        By `rank` a number of four significant bits: merging adapters of different ranks stores the least common
         multiple of theirs.
         """
         if self.num_blocks is not None:
@@ -175,7 +175,7 @@ class ClusCompConfig(PeftConfig):
         # Scales, one for each channel, are as many numbers as one rank.
         rank = self.rank - (self.train_scales is not False)
         most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))
-        spare = max(0, most.bit_length() - 3)
+        spare = max(0, most.bit_length() - 4)
         return max(1, most >> spare << spare)
 
     def scales_of(self, spec: ClusterSpec) -> tuple[bool, bool]:

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="to measure the loss on, at most")
     parser.add_argument("--recover", type=int, default=400, help="steps of recovery, 0 for none")
     parser.add_argument("--name", required=True, help="of the results")
-    parser.add_argument("--only", nargs="+", help="methods to run; the others keep their rows")
+    parser.add_argument("--only", nargs="+", help='such as rtn "calibrated 2.0": what to run; other rows are kept')
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row is not None:
@@ -75,7 +75,8 @@ def main() -> None:
         environment = {**os.environ, "CLUSCOMP_QUALITY_FOLDER": folder}
         table = []
         for row in rows:
-            if options.only and row["method"] not in (*options.only, "dense"):
+            names = {row["method"], f"{row['method']} {row.get('bits')}", f"{row['method']} {row.get('kl_weight')}"}
+            if options.only and not names & {*options.only, "dense"}:
                 table += [old for old in known if all(old.get(key) == value for key, value in row.items())]
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--row", json.dumps(row)]
