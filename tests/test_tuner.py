@@ -391,8 +391,8 @@ def test_a_rank_trains_no_more_numbers_than_lora_of_it(shape, rank, spec):
     numbers = blocks * spec.num_clusters * spec.group_size + sum(shape)
     budget = rank * sum(shape)
     assert 1 <= blocks <= in_features and (blocks == 1 or numbers <= budget)
-    # and hardly fewer: the next number of three significant bits would be too many
-    more = blocks // 4 + 1
+    # and hardly fewer: the next number of four significant bits would be too many
+    more = blocks // 8 + 1
     assert blocks + more > in_features or numbers + more * spec.num_clusters * spec.group_size > budget
 
 
