@@ -27,6 +27,7 @@ import functools
 import mmap
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ _TILE_BYTES = 4 << 20  # of dL/dW
 _PARTIAL_BYTES = 64 << 20  # of all gradient tables of the threads together
 _OVERREAD = 16  # bytes that a word of codes, and elements that a table, may be read beyond its end
 _MAPPED_BYTES, _HUGE_PAGES, _PAGE = 32 << 20, 14, mmap.PAGESIZE  # glibc's largest threshold for mmap; MADV_HUGEPAGE
+# What each thread keeps of the last shapes it saw: their tables, and what points into them. Making these anew takes
+# longer than a small matrix and one token.
+_KEPT = threading.local()
+_KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -115,13 +120,16 @@ def _empty_weight(out_features: int, in_features: int, dtype: torch.dtype) -> to
     return weight
 
 
-def _run(name: str, tasks: int, scratch_bytes: int, fields: dict[str, int]) -> None:
+def _run(name: str, tasks: int, scratch_bytes: int, packed: _Packed, fields: dict[str, int]) -> None:
     """Runs the tasks of a kernel on torch's threads; `scratch_bytes` for each of them."""
     kernels = _kernels()
     threads = min(torch.get_num_threads(), tasks)
     scratch = torch.zeros(threads * scratch_bytes + 64, dtype=torch.uint8)
-    fields = {**fields, "tasks": tasks, "scratch": scratch.data_ptr(), "scratch_bytes": scratch_bytes}
-    values = (ctypes.c_int64 * len(kernels.FIELDS._fields))(*(fields.get(n, 0) for n in kernels.FIELDS._fields))
+    values, index = packed.arguments(name), _places()
+    values[index["tasks"]], values[index["scratch"]] = tasks, scratch.data_ptr()
+    values[index["scratch_bytes"]] = scratch_bytes
+    for key, value in fields.items():
+        values[index[key]] = value
     address, place = kernels.kernel_address(name), ctypes.addressof(values)
     if threads == 1:
         _function(address)(place)
@@ -134,32 +142,39 @@ def _run(name: str, tasks: int, scratch_bytes: int, fields: dict[str, int]) -> N
             helper.result()
 
 
-class _Packed:
-    """The fields of codes and codebook, and the tensors that they point into."""
+@functools.cache
+def _places() -> dict[str, int]:
+    """Field of a kernel's arguments to its place."""
+    return {name: place for place, name in enumerate(_kernels().FIELDS._fields)}
 
-    def __init__(self, codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> None:
-        self.codebooks, clusters, self.group = codebook.shape
-        self.in_features, width = codes.shape
+
+class _Packed:
+    """Codes and codebook as kernels take them: the fields of their shape, and room for what is copied."""
+
+    def __init__(
+        self, codes: torch.Size, codebook: torch.Size, out_features: int, codes_dtype: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        self.codebooks, clusters, self.group = codebook
+        self.in_features, width = codes
         self.bits = code_bits(clusters)
         self.blocks = -(-num_groups(out_features, self.group) // 8)
         self.lanes = 1 << (self.group - 1).bit_length()
-        codes = codes.contiguous()
         beyond = self.bits + _OVERREAD  # the last block of eight may only begin inside the row
-        safe = max(0, self.in_features - -(-beyond // width))
-        tail = codes.new_zeros((self.in_features - safe) * width + beyond)
-        tail[: (self.in_features - safe) * width] = codes[safe:].reshape(-1)
+        self._safe = max(0, self.in_features - -(-beyond // width))
+        tail = torch.zeros((self.in_features - self._safe) * width + beyond, dtype=codes_dtype)
+        self._tail = tail[: (self.in_features - self._safe) * width].view(-1, width)
         # A row for every code there can be: damaged codes, and the bits behind the last code of a row, read a NaN
         # instead of foreign memory.
         rows = self.codebooks << self.bits
         self.table_shape = (self.codebooks, 1 << self.bits, self.lanes)
         flat = torch.full((rows * self.lanes + _OVERREAD,), torch.nan, dtype=dtype)
-        table = flat[: rows * self.lanes].view(self.table_shape)
-        table[:, :clusters, : self.group] = codebook.to(dtype)
-        self.kept = (codes, tail, flat)
-        self.fields = {
-            "codes": codes.data_ptr(),
+        self._centroids = flat[: rows * self.lanes].view(self.table_shape)[:, :clusters, : self.group]
+        self.table_bytes = flat.nbytes
+        self._codes: torch.Tensor | None = None
+        self._arguments: dict[str, Any] = {}
+        self._fields = {
             "tail": tail.data_ptr(),
-            "safe": safe,
+            "safe": self._safe,
             "width": width,
             "bits": self.bits,
             "blocks": self.blocks,
@@ -171,11 +186,44 @@ class _Packed:
             "row_bytes": self.lanes * dtype.itemsize,
             "table_bytes": (self.lanes << self.bits) * dtype.itemsize,
         }
+        self._kept = (tail, flat)  # which the fields point into
+
+    def load(self, codes: torch.Tensor, codebook: torch.Tensor) -> None:
+        """Takes over a matrix of this shape, for the next call of a kernel."""
+        self._codes = codes.contiguous()
+        self._tail.copy_(self._codes[self._safe :])
+        self._centroids.copy_(codebook)
+
+    def arguments(self, kernel: str) -> Any:
+        """The array of a kernel's fields: those of the matrix filled in, whoever calls fills in the same others."""
+        if kernel not in self._arguments:
+            self._arguments[kernel] = (ctypes.c_int64 * len(_places()))()
+            for key, value in self._fields.items():
+                self._arguments[kernel][_places()[key]] = value
+        values, index = self._arguments[kernel], _places()
+        values[index["claimed"]] = values[index["workers"]] = 0
+        values[index["codes"]] = self._codes.data_ptr()
+        return values
 
     def split(self, outputs: int) -> tuple[int, int]:
         """Blocks of a task of about `outputs` outputs, and tasks."""
         wanted = max(1, outputs // (8 * self.group))
         return wanted, -(-self.blocks // wanted)
+
+
+def _packed(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> _Packed:
+    """Codes and codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
+    key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
+    kept = _KEPT.__dict__
+    packed = kept.get(key)
+    if packed is None:
+        packed = _Packed(*key)
+        if packed.table_bytes <= _KEPT_BYTES:
+            if len(kept) >= _KEPT_SHAPES:
+                del kept[next(iter(kept))]
+            kept[key] = packed
+    packed.load(codes, codebook)
+    return packed
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -208,7 +256,7 @@ def decode(
     if not (known and _takes(codes, out_features, dtype, codebook.dtype)):
         return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
     kernels = _kernels()
-    packed = _Packed(codes, codebook, out_features, dtype if plain else torch.float32)
+    packed = _packed(codes, codebook, out_features, dtype if plain else torch.float32)
     weight = _empty_weight(out_features, packed.in_features, dtype)
     scale_in, scale_out = _float(scale_in), _float(scale_out)
     per_task, tasks = packed.split(_TASK_OUTPUTS)
@@ -224,7 +272,7 @@ def decode(
         "weight": weight.data_ptr(),
         "item": dtype.itemsize,
     }
-    _run("decode", tasks, scratch, {**packed.fields, **fields})
+    _run("decode", tasks, scratch, packed, fields)
     return weight
 
 
@@ -259,7 +307,7 @@ def _linear_few(
     kernels = _kernels()
     if scale_in is None and scale_out is None:
         codebook = codebook.to(x.dtype)  # what `decode` would round to
-    packed = _Packed(codes, codebook, out_features, torch.float32)
+    packed = _packed(codes, codebook, out_features, torch.float32)
     flat = x.reshape(-1, packed.in_features).float()
     flat = flat.contiguous() if scale_in is None else flat * scale_in.float()
     tokens = len(flat)
@@ -270,11 +318,11 @@ def _linear_few(
         per_task = max(1, packed.blocks // (4 * torch.get_num_threads()))
         loop, lanes, _ = kernels.token_loop(packed.bits, packed.lanes, tokens)
         fields |= {"loop": loop, "lanes": lanes, "blocks_per_task": per_task}
-        _run("fewest", -(-packed.blocks // per_task), per_task * 32 * lanes * tokens, {**packed.fields, **fields})
+        _run("fewest", -(-packed.blocks // per_task), per_task * 32 * lanes * tokens, packed, fields)
     else:
         per_task, tasks = packed.split(_FEW_TASK_OUTPUTS)
         scratch = (kernels.ROWS + tokens) * (per_task * 8 * packed.group + kernels.SLACK) * 4
-        _run("few", tasks, scratch, {**packed.fields, **fields, "blocks_per_task": per_task})
+        _run("few", tasks, scratch, packed, {**fields, "blocks_per_task": per_task})
     if scale_out is not None:
         y *= scale_out.float()
     if bias is not None:
@@ -310,7 +358,7 @@ def _codebook_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out_features = grad_output.shape[1]
     kernels = _kernels()
-    packed = _Packed(codes, codebook, out_features, torch.float32)
+    packed = _packed(codes, codebook, out_features, torch.float32)
     # fp16 has no room for the elements of dL/dW of a scaled loss.
     half = x.dtype == grad_output.dtype == torch.bfloat16 and _multiplies_bf16()
     dtype = torch.bfloat16 if half else torch.float32
@@ -319,8 +367,7 @@ def _codebook_grad(
     if scale_in is None and scale_out is None:
         residual = None
 
-    table_bytes = packed.kept[2].numel() * 4
-    tasks = max(1, min(torch.get_num_threads(), _PARTIAL_BYTES // table_bytes))
+    tasks = max(1, min(torch.get_num_threads(), _PARTIAL_BYTES // packed.table_bytes))
     tables = torch.zeros(tasks, *packed.table_shape)
     grad_in = torch.zeros(0 if scale_in is None else packed.in_features)
     grad_out = torch.zeros(tasks, 0 if scale_out is None else out_features)
@@ -344,6 +391,6 @@ def _codebook_grad(
             "grad_in": grad_in.data_ptr(),
             "grad_out": grad_out.data_ptr(),
         }
-        _run("scatter", tasks, scratch, {**packed.fields, **fields})
+        _run("scatter", tasks, scratch, packed, fields)
     grad_codebook = tables.sum(0)[:, : codebook.shape[1], : packed.group].contiguous()
     return grad_codebook, grad_in, grad_out.sum(0)
