@@ -24,7 +24,9 @@ __all__ = ["execution_device", "hooks_of", "offload_hook", "put_back", "store", 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook that brings this module's own parameters from elsewhere; None if they are not offloaded."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")  # in every call: getattr() takes longer by the time of a small kernel
+    if hook is None:
+        return None
     for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(one, AlignDevicesHook) and one.offload and one.weights_map is not None:
             return one

@@ -244,6 +244,23 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
     assert not wrong
 
 
+def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
+    monkeypatch.setattr(cpu, "_KEPT_SHAPES", 2)
+    shapes = [(70, 150), (64, 128), (33, 40)]
+    matrices = [parts(shape, seed=seed) for shape in shapes for seed in range(3)]
+    for _ in range(2):
+        for codes, codebook, *rest in matrices:
+            out_features = dict(zip((150, 128, 40), (70, 64, 33), strict=True))[codes.shape[0]]
+            x = tokens(3, codes.shape[0])
+            exact = reference.linear(x, codes, codebook, None, None, None, None, out_features)
+            assert near(cpu.linear(x, codes, codebook, *rest, None, out_features), exact, 1e-6)
+            weight = reference.decode(codes, codebook, None, None, None, out_features, torch.float32)
+            assert torch.equal(cpu.decode(codes, codebook, None, None, None, out_features, torch.float32), weight)
+            codebook.mul_(-2)  # in place, as whoever trains it would
+            codes[0], codes[1] = codes[1].clone(), codes[0].clone()
+    assert len(cpu._KEPT.shapes) == 2
+
+
 def test_gradients_agree_through_autograd_and_the_compiler():
     given = parts((96, 160), scale_in=True, scale_out=True)
     leaves = [part.requires_grad_() for part in given[1:4]]

@@ -14,6 +14,7 @@ call those, not the ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -271,20 +272,35 @@ def _check(
     scale_out: torch.Tensor | None,
     out_features: int,
 ) -> None:
-    if codes.dtype != torch.uint8:
+    scales = [None if scale is None else scale.shape for scale in (scale_in, scale_out)]
+    # Compilers look into the function itself, and their symbolic sizes have no hash.
+    check = _check_shapes.__wrapped__ if torch.compiler.is_compiling() else _check_shapes
+    check(codes.dtype, codes.shape, codebook.shape, *scales, out_features)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_shapes(
+    dtype: torch.dtype,
+    codes: torch.Size,
+    codebook: torch.Size,
+    scale_in: torch.Size | None,
+    scale_out: torch.Size | None,
+    out_features: int,
+) -> None:
+    if dtype != torch.uint8:
         raise TypeError(
-            f"the codes of a clustered weight must stay uint8, got {codes.dtype}: something cast every parameter of "
+            f"the codes of a clustered weight must stay uint8, got {dtype}: something cast every parameter of "
             "the model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model "
             "again and leave such calls out; a clustered model needs none of them."
         )
-    if codebook.ndim != 3:
-        raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook.shape)}.")
-    width = packed_width(num_groups(out_features, codebook.shape[2]), code_bits(codebook.shape[1]))
-    if codes.ndim != 2 or codes.shape[1] != width:
+    if len(codebook) != 3:
+        raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook)}.")
+    width = packed_width(num_groups(out_features, codebook[2]), code_bits(codebook[1]))
+    if len(codes) != 2 or codes[1] != width:
         raise ValueError(
-            f"codes of shape {tuple(codes.shape)} do not belong to {out_features} output features and a codebook of "
-            f"shape {tuple(codebook.shape)}, which take {width} bytes for each input channel."
+            f"codes of shape {tuple(codes)} do not belong to {out_features} output features and a codebook of "
+            f"shape {tuple(codebook)}, which take {width} bytes for each input channel."
         )
-    for name, scale, features in (("scale_in", scale_in, codes.shape[0]), ("scale_out", scale_out, out_features)):
-        if scale is not None and scale.shape != (features,):
-            raise ValueError(f"{name} must have shape ({features},), got {tuple(scale.shape)}.")
+    for name, scale, features in (("scale_in", scale_in, codes[0]), ("scale_out", scale_out, out_features)):
+        if scale is not None and scale != (features,):
+            raise ValueError(f"{name} must have shape ({features},), got {tuple(scale)}.")

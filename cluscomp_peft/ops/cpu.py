@@ -49,10 +49,7 @@ _TILE_BYTES = 4 << 20  # of dL/dW
 _PARTIAL_BYTES = 64 << 20  # of all gradient tables of the threads together
 _OVERREAD = 16  # bytes that a word of codes, and elements that a table, may be read beyond its end
 _MAPPED_BYTES, _HUGE_PAGES, _PAGE = 32 << 20, 14, mmap.PAGESIZE  # glibc's largest threshold for mmap; MADV_HUGEPAGE
-# What each thread keeps of the last shapes it saw: their tables, and what points into them. Making these anew takes
-# longer than a small matrix and one token.
-_KEPT = threading.local()
-_KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20
+_KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20  # of which a thread keeps tables, and the largest that it keeps
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -202,7 +199,7 @@ class _Packed:
                 self._arguments[kernel][_places()[key]] = value
         values, index = self._arguments[kernel], _places()
         values[index["claimed"]] = values[index["workers"]] = 0
-        values[index["codes"]] = self._codes.data_ptr()
+        values[index["codes"]] = _address(self._codes)
         return values
 
     def split(self, outputs: int) -> tuple[int, int]:
@@ -211,10 +208,21 @@ class _Packed:
         return wanted, -(-self.blocks // wanted)
 
 
+class _Kept(threading.local):
+    """What each thread keeps of the last shapes that it saw: making it anew takes longer than a small matrix and one
+    token."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[tuple, _Packed] = {}
+
+
+_KEPT = _Kept()
+
+
 def _packed(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> _Packed:
     """Codes and codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
     key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
-    kept = _KEPT.__dict__
+    kept = _KEPT.shapes
     packed = kept.get(key)
     if packed is None:
         packed = _Packed(*key)
