@@ -119,7 +119,7 @@ class _FSDP2(Engine):
         if few:
             size = sum(tensor.numel * tensor.itemsize for tensor in few)
             yield (
-                "fsdp2 cuts by the first dimension, which of codebooks and deltas is their number of blocks: "
+                "fsdp2 cuts by the first dimension, which of codebooks is their number of blocks: "
                 f"{size / GIB:.2f} GiB have less than {self.devices} of it, and the first device holds most of them."
             )
 

@@ -5,7 +5,9 @@
 
 What an adapter of a layer trains is a small module under its name, `cluscomp_delta`, fp32, in units:
 
-    codebook [m, n, g], scale_in [in], scale_out [out]        ΔC = codebook · unit,   δ = scale · unit
+    codebook [m · n, g], scale_in [in], scale_out [out]       ΔC = codebook · unit,   δ = scale · unit
+
+m codebooks of n centroids lie end to end, so that FSDP2, which deals out rows, gives every process as many.
 
 The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
 them is exact. They belong to the process, not to the adapter: files hold absolute deltas, which mean the same on
@@ -45,18 +47,18 @@ class DeltaWeights(nn.Module):
         def zeros(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
 
-        self.codebook = zeros(spec.num_blocks, spec.num_clusters, spec.group_size)
+        self._shape = (spec.num_blocks, spec.num_clusters, spec.group_size)
+        self.codebook = zeros(spec.num_blocks * spec.num_clusters, spec.group_size)
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
     def forward(self, unit: float, scale_unit: float) -> tuple[torch.Tensor | None, ...]:
-        """Codebook and scales in absolute units, fp32.
+        """Codebook [m, n, g] and scales in absolute units, fp32.
 
         A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
         """
-        units = (unit, scale_unit, scale_unit)
-        parts = (self.codebook, self.scale_in, self.scale_out)
-        return tuple(None if part is None else part.float() * unit for part, unit in zip(parts, units, strict=True))
+        scales = [None if part is None else part.float() * scale_unit for part in (self.scale_in, self.scale_out)]
+        return self.codebook.float().view(self._shape) * unit, *scales
 
 
 class ClusCompLayer(BaseTunerLayer):
@@ -188,7 +190,8 @@ class ClusCompLayer(BaseTunerLayer):
             for key, value in total._asdict().items():
                 parameter = getattr(delta, key)
                 if parameter is not None:
-                    parameter.copy_(0 if value is None else value / self.unit_of(adapter_name, key))
+                    value = torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape)
+                    parameter.copy_(value / self.unit_of(adapter_name, key))
 
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
