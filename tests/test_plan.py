@@ -298,6 +298,7 @@ def test_70_billion_parameters_on_8_devices_of_24_gib(large, capsys):
     assert found[DENSE] == whole[DENSE] / 8
     # A codebook is one block of clusters here, which cannot be cut.
     assert 0.8 < found["codebooks and scales"] / whole["codebooks and scales"] < 1
+    assert found["deltas, fp32"] == pytest.approx(whole["deltas, fp32"] / 8, rel=1e-3)
     block = whole["codes"] / 80
     assert 2 * block < part(report, "finetune", "the block at work gathered") < 3 * 2 * block
     assert part(report, "finetune", "norm and head gathered") > 2 * 2 * 32000 * 8192 + block
