@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -259,6 +260,9 @@ def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
             codebook.mul_(-2)  # in place, as whoever trains it would
             codes[0], codes[1] = codes[1].clone(), codes[0].clone()
     assert len(cpu._KEPT.shapes) == 2
+    gone = weakref.ref(matrices[-1][0])
+    del matrices, codes
+    assert gone() is None
 
 
 def test_gradients_agree_through_autograd_and_the_compiler():

@@ -167,7 +167,7 @@ class _Packed:
         flat = torch.full((rows * self.lanes + _OVERREAD,), torch.nan, dtype=dtype)
         self._centroids = flat[: rows * self.lanes].view(self.table_shape)[:, :clusters, : self.group]
         self.table_bytes = flat.nbytes
-        self._codes: torch.Tensor | None = None
+        self._place = 0
         self._arguments: dict[str, Any] = {}
         self._fields = {
             "tail": tail.data_ptr(),
@@ -186,9 +186,9 @@ class _Packed:
         self._kept = (tail, flat)  # which the fields point into
 
     def load(self, codes: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Takes over a matrix of this shape, for the next call of a kernel."""
-        self._codes = codes.contiguous()
-        self._tail.copy_(self._codes[self._safe :])
+        """Takes over a matrix of this shape for the next calls of kernels, while the caller keeps its codes."""
+        self._place = codes.data_ptr()
+        self._tail.copy_(codes[self._safe :])
         self._centroids.copy_(codebook)
 
     def arguments(self, kernel: str) -> Any:
@@ -199,7 +199,7 @@ class _Packed:
                 self._arguments[kernel][_places()[key]] = value
         values, index = self._arguments[kernel], _places()
         values[index["claimed"]] = values[index["workers"]] = 0
-        values[index["codes"]] = _address(self._codes)
+        values[index["codes"]] = self._place
         return values
 
     def split(self, outputs: int) -> tuple[int, int]:
@@ -220,7 +220,7 @@ _KEPT = _Kept()
 
 
 def _packed(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> _Packed:
-    """Codes and codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
+    """Contiguous codes and a codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
     key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
     kept = _KEPT.shapes
     packed = kept.get(key)
@@ -263,7 +263,7 @@ def decode(
         known = known and residual.is_contiguous() and residual.dtype in (torch.float32, torch.bfloat16)
     if not (known and _takes(codes, out_features, dtype, codebook.dtype)):
         return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
-    kernels = _kernels()
+    kernels, codes = _kernels(), codes.contiguous()
     packed = _packed(codes, codebook, out_features, dtype if plain else torch.float32)
     weight = _empty_weight(out_features, packed.in_features, dtype)
     scale_in, scale_out = _float(scale_in), _float(scale_out)
@@ -312,7 +312,7 @@ def _linear_few(
     bias: torch.Tensor | None,
     out_features: int,
 ) -> torch.Tensor:
-    kernels = _kernels()
+    kernels, codes = _kernels(), codes.contiguous()
     if scale_in is None and scale_out is None:
         codebook = codebook.to(x.dtype)  # what `decode` would round to
     packed = _packed(codes, codebook, out_features, torch.float32)
@@ -365,7 +365,7 @@ def _codebook_grad(
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out_features = grad_output.shape[1]
-    kernels = _kernels()
+    kernels, codes = _kernels(), codes.contiguous()
     packed = _packed(codes, codebook, out_features, torch.float32)
     # fp16 has no room for the elements of dL/dW of a scaled loss.
     half = x.dtype == grad_output.dtype == torch.bfloat16 and _multiplies_bf16()
