@@ -246,6 +246,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
 
 
 def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
+    monkeypatch.setattr(cpu, "_KEPT", cpu._Kept())
     monkeypatch.setattr(cpu, "_KEPT_SHAPES", 2)
     shapes = [(70, 150), (64, 128), (33, 40)]
     matrices = [parts(shape, seed=seed) for shape in shapes for seed in range(3)]
@@ -260,8 +261,14 @@ def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
             codebook.mul_(-2)  # in place, as whoever trains it would
             codes[0], codes[1] = codes[1].clone(), codes[0].clone()
     assert len(cpu._KEPT.shapes) == 2
-    gone = weakref.ref(matrices[-1][0])
-    del matrices, codes
+
+
+def test_tables_that_are_kept_keep_no_codes():
+    codes, codebook, *_ = parts((70, 150))
+    gone = weakref.ref(codes)
+    cpu.decode(codes, codebook, None, None, None, 70, torch.float32)
+    cpu.linear(tokens(3, 150), codes, codebook, None, None, None, None, 70)
+    del codes
     assert gone() is None
 
 

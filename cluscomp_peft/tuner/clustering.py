@@ -56,11 +56,16 @@ def cluster_layers(
     dense = {name: layer for name, layer in layers.items() if is_dense_linear(layer)}
     here = {name: layer for name, layer in dense.items() if layer.weight.device.type != "meta"}
     rank, owners = _deal(list(dense), complete=len(here) == len(dense))
-    whole = {name: _whole(name, here[name], config, owners.get(name, rank) == rank) for name in here}
-    mine = {name: layer for name, layer in whole.items() if layer is not None}
+    mine = dict(here)
+    for name, owner in owners.items():
+        # Processes gather together and cluster apart, so what was partitioned is copied first.
+        if name in here:
+            mine[name] = _whole(name, here[name], config)
+        if owner != rank:
+            mine.pop(name, None)
     # disable=None: silent where nobody watches a terminal
     bar = tqdm(list(mine), desc="Clustering", unit="matrix", disable=None if mine else True)
-    made = {name: _cluster(name, mine.pop(name), config) for name in bar}
+    made = {name: _cluster(name, _whole(name, mine.pop(name), config), config) for name in bar}
     for name, owner in owners.items():
         product = made[name] if name in made else _blank(name, dense[name], config)
         for tensor in _tensors(product):
@@ -100,14 +105,12 @@ def _deal(names: list[str], complete: bool) -> tuple[int, dict[str, int]]:
     return dist.get_rank(), dict(zip(names, cycle(able), strict=False)) if able else {}
 
 
-def _whole(name: str, dense: nn.Module, config: ClusCompConfig, wanted: bool) -> nn.Module | None:
-    """The layer with all of its weight, None unless it is wanted; all processes call this for a partitioned one."""
+def _whole(name: str, dense: nn.Module, config: ClusCompConfig) -> nn.Module:
+    """The layer, or a copy that has all of its partitioned weight; for that all processes have to call this."""
     if not is_partitioned(dense.weight):
-        return dense if wanted else None
+        return dense
     with gathered(dense.weight):
         check_weight(name, dense, config)
-        if not wanted:
-            return None
         whole = copy.copy(dense)
         weight = nn.Parameter(dense.weight.detach().clone(), requires_grad=False)
         whole._parameters = {**dense._parameters, "weight": weight}
