@@ -70,15 +70,16 @@ def main() -> None:
     rows += [{"method": level, "bits": bits} for level in ("data-free", "calibrated") for bits in options.bits]
     weights = (1.0, 0.9) if options.recover else ()
     rows += [{"method": "recovered", "bits": bits, "kl_weight": kl} for kl in weights for bits in options.bits]
-    known = _load(options.name)
+    if options.only:
+        rows = [
+            row for row in rows if {row["method"], f"{row['method']} {row.get('bits')}"} & {*options.only, "dense"}
+        ]
+    table = [
+        old for old in _load(options.name) if options.only and not any(row.items() <= old.items() for row in rows)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "CLUSCOMP_QUALITY_FOLDER": folder}
-        table = []
         for row in rows:
-            names = {row["method"], f"{row['method']} {row.get('bits')}", f"{row['method']} {row.get('kl_weight')}"}
-            if options.only and not names & {*options.only, "dense"}:
-                table += [old for old in known if all(old.get(key) == value for key, value in row.items())]
-                continue
             command = [sys.executable, __file__, *sys.argv[1:], "--row", json.dumps(row)]
             result = subprocess.run(command, capture_output=True, text=True, env=environment)
             if result.returncode:
@@ -86,10 +87,10 @@ def main() -> None:
                 continue
             table.append({**row, **json.loads(result.stdout.strip().splitlines()[-1])})
             print(json.dumps(table[-1]), file=sys.stderr, flush=True)
-    dense = table[0]["loss"]
+    dense = next(row["loss"] for row in table if row["method"] == "dense")
     for row in table:
         row["above dense"] = row["loss"] - dense
-    settings = {key: getattr(options, key) for key in ("bits", "seqlen", "samples", "hold_out", "recover")}
+    settings = {key: getattr(options, key) for key in ("seqlen", "samples", "hold_out", "recover")}
     write_results(f"compression_quality_{options.name}", {"settings": settings, "rows": table})
     print("| method | true bits | loss | above dense | seconds | peak memory, MB |\n|---|" + "---:|" * 5)
     for row in sorted(table, key=lambda row: -row["true_bits"]):
