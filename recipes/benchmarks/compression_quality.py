@@ -135,7 +135,9 @@ def _compressed(
             compress_checkpoint(options.model, base, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), **extra)
         if method == "recovered":
             target = os.path.join(folder, f"recovered-{bits}-{row['kl_weight']}")
-            _recover(base, target, text, row["kl_weight"], options)
+            # Judged by a tenth of the text, but by no more than about a hundred windows of it (3 characters a token).
+            windows = max(1, sum(map(len, documents)) // (3 * options.seqlen))
+            _recover(base, target, text, row["kl_weight"], min(0.1, 100 / windows), options)
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
         return model, true_bits(model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -150,10 +152,10 @@ def _compressed(
     return ways[method]()
 
 
-def _recover(base: str, target: str, text: str, kl_weight: float, options: argparse.Namespace) -> None:
+def _recover(base: str, target: str, text: str, kl_weight: float, holdout: float, options: argparse.Namespace) -> None:
     command = [sys.executable, os.path.join(HERE, "..", "recover.py"), "--model", base, "--teacher", options.model]
     command += ["--data", text, "--output_dir", target, "--steps", str(options.recover)]
-    command += ["--kl_weight", str(kl_weight)]
+    command += ["--kl_weight", str(kl_weight), "--holdout", str(holdout)]
     subprocess.run([*command, "--seqlen", str(options.seqlen)], check=True, stdout=sys.stderr)
 
 
