@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -58,11 +58,13 @@ def launch(script: Path, processes: int, config: Path | None, *arguments: str, *
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What the run printed, when it has come to an end; it and its children are killed if it does not."""
+    """What the run printed, when it has come to an end; it and all that it started are killed if it does not."""
     try:
         return process.communicate(timeout=PATIENCE)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # The launcher gives every rank a session of its own, out of reach of a signal to the launcher's group.
+        for running in [*psutil.Process(process.pid).children(recursive=True), process]:
+            running.kill()
         pytest.fail(f"the run hangs: {process.communicate()[0][-3000:]}")
 
 
@@ -86,6 +88,8 @@ class Runs:
 
     def start(self, name: str, processes: int, engine: str | None, steps: int = STEPS, **settings) -> subprocess.Popen:
         environment = {key: settings.pop(key) for key in list(settings) if key.isupper()}
+        # DeepSpeed compiles its ops behind a lock that a killed process leaves for ever, in a folder all runs share.
+        environment["TORCH_EXTENSIONS_DIR"] = str(self.folder / "extensions")
         settings = {
             **SMALL,
             "model_name_or_path": self.base,
