@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluscomp_peft import ops
 from cluscomp_peft.codes import code_bits, num_groups, pack, unpack
-from cluscomp_peft.ops import cpu, reference
+from cluscomp_peft.ops import cpu, cpu_packed, reference
 
 pytest.importorskip("numba")
 
@@ -122,6 +124,54 @@ def test_rounding_is_torchs_at_the_edges(scaled):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num(0.5, 7, -7), theirs.nan_to_num(0.5, 7, -7))
         assert torch.equal(ours.signbit() & (ours == 0), theirs.signbit() & (theirs == 0))
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float32, *HALVES])
+@pytest.mark.parametrize("group_size", [*range(1, 18), 31, 32, 33, 64])
+def test_tables_are_the_codebooks_as_torch_rounds_them(group_size, source, target):
+    """Two blocks of 12 clusters, in memory that ends with the last of them."""
+    numbers = torch.randn(2 * 12 * group_size, generator=torch.Generator().manual_seed(0))
+    numbers[:6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-41, -0.0, 1.00390625])[: len(numbers)]
+    codebook = numbers.to(source).view(2, 12, group_size)
+    codes = pack(torch.randint(0, 12, (10, 3)), 4)
+    table = cpu_packed.packed_for(codes, codebook, 3 * group_size, target)._centroids
+    assert torch.equal(table.isnan(), codebook.isnan())
+    assert torch.equal(table.nan_to_num(0.5, 7, -7), codebook.to(target).nan_to_num(0.5, 7, -7))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that a dispatch mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_one_op():
+    """Without a gradient the op is left out, for its dispatch takes as long as a small matrix; nobody must miss it."""
+    given, x = parts(), tokens(1, 150)
+    arguments = dict(zip(("codes", "codebook", "scale_in", "scale_out", "residual"), given, strict=True))
+    with torch.no_grad():
+        plain = ops.linear(x, **arguments, out_features=70)
+        with Seen() as seen:
+            assert torch.equal(ops.linear(x, **arguments, out_features=70), plain)
+        assert seen.names[0] == "cluscomp.linear.default"
+        graph = make_fx(lambda x: ops.linear(x, **arguments, out_features=70))(x)
+        assert torch.equal(graph(2 * x), ops.linear(2 * x, **arguments, out_features=70))
+        compiled = torch.compile(
+            lambda x: ops.linear(x, **arguments, out_features=70), fullgraph=True, backend="eager"
+        )
+        assert torch.equal(compiled(x), plain)
+    arguments["codebook"].requires_grad_()
+    y = ops.linear(x, **arguments, out_features=70)
+    assert torch.equal(y, plain) and y.grad_fn is not None
+    with torch.inference_mode():
+        assert torch.equal(ops.linear(x, **arguments, out_features=70), plain)
 
 
 @some
@@ -246,8 +296,8 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
 
 
 def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
-    monkeypatch.setattr(cpu, "_KEPT", cpu._Kept())
-    monkeypatch.setattr(cpu, "_KEPT_SHAPES", 2)
+    monkeypatch.setattr(cpu_packed, "_KEPT", cpu_packed._Kept())
+    monkeypatch.setattr(cpu_packed, "_KEPT_SHAPES", 2)
     shapes = [(70, 150), (64, 128), (33, 40)]
     matrices = [parts(shape, seed=seed) for shape in shapes for seed in range(3)]
     for _ in range(2):
@@ -260,7 +310,7 @@ def test_matrices_of_one_shape_share_their_tables_without_a_trace(monkeypatch):
             assert torch.equal(cpu.decode(codes, codebook, None, None, None, out_features, torch.float32), weight)
             codebook.mul_(-2)  # in place, as whoever trains it would
             codes[0], codes[1] = codes[1].clone(), codes[0].clone()
-    assert len(cpu._KEPT.shapes) == 2
+    assert len(cpu_packed._KEPT.shapes) == 2
 
 
 def test_tables_that_are_kept_keep_no_codes():
@@ -290,8 +340,9 @@ def test_gradients_agree_through_autograd_and_the_compiler():
         assert torch.equal(one, two)
 
 
-def test_strided_codes_and_inputs_are_taken():
-    given = parts()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_strided_codes_and_inputs_are_taken(scaled):
+    given = parts(scale_in=scaled, scale_out=scaled)
     codes = torch.stack([given[0], given[0]], -1)[..., 0]
     assert not codes.is_contiguous()
     strided = [codes, *given[1:]]
@@ -313,7 +364,7 @@ def test_what_the_kernels_do_not_know_goes_to_the_reference(case, monkeypatch):
     if case == "fp64":
         dtype = torch.float64
     elif case == "no numba":
-        monkeypatch.setattr(cpu, "_kernels", lambda: None)
+        monkeypatch.setattr(cpu, "compiled", lambda: None)
     elif case == "transposed residual":
         given[4] = tokens(150, 70).t()
     else:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..codes import code_bits, num_groups, packed_width
 from . import cpu, reference
@@ -241,7 +242,21 @@ def linear(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    return LINEAR(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+    op = cpu.linear if _runs_here(x, codebook, scale_in, scale_out, residual, bias) else LINEAR
+    return op(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+
+
+def _runs_here(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """Whether nobody but the CPU backend need know of a call: no gradient, compiler or mode that looks on.
+
+    The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(x) is not torch.Tensor or _get_current_dispatch_mode() is not None:
+        return False
+    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, *parameters))
+    return not wanted
 
 
 def codebook_grad(

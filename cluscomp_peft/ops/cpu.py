@@ -2,7 +2,8 @@
 
     decode          bit for bit the reference; in tiles of channels × outputs, without codes or weights in between
     linear          few tokens: from the codes, y[o] = s_out[o] · Σ_i s_in[i] · x[i] · C[code(i, o // g), o % g],
-                    summed in fp32; the weight is never written to memory, which is what one token's time goes into
+                    summed in fp32; the weight is never written to memory, which is what one token's time goes into;
+                    for x in bf16 and g of 3 or 4, C is rounded to bf16 where the machine gathers such rows at once
                     more tokens: decode, then the very call of nn.Linear
     codebook_grad   dL/dW tile by tile as the reference; for x and dy in bf16 in bf16 too where the machine has matrix
                     units for it, which rounds each element of dL/dW as training the dense layer does; every sum over
@@ -27,7 +28,6 @@ import functools
 import mmap
 import os
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..codes import code_bits, num_groups
 from . import reference
+from .cpu_packed import FLOATS, Packed, compiled, packed_for, places
 
 __all__ = ["MAX_FEW_TOKENS", "codebook_grad", "decode", "linear", "product_dtype"]
 
@@ -47,20 +47,7 @@ _TASK_OUTPUTS = 256  # of a decoding task; a run of input channels of them fits 
 _FEW_TASK_OUTPUTS = 128  # with ROWS input channels it fits into the first-level cache
 _TILE_BYTES = 4 << 20  # of dL/dW
 _PARTIAL_BYTES = 64 << 20  # of all gradient tables of the threads together
-_OVERREAD = 16  # bytes that a word of codes, and elements that a table, may be read beyond its end
 _MAPPED_BYTES, _HUGE_PAGES, _PAGE = 32 << 20, 14, mmap.PAGESIZE  # glibc's largest threshold for mmap; MADV_HUGEPAGE
-_KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20  # of which a thread keeps tables, and the largest that it keeps
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def _kernels() -> Any:
-    """The compiled functions, imported by those who use them; None without numba."""
-    try:
-        from . import cpu_kernels
-    except ImportError:
-        return None
-    return cpu_kernels
 
 
 @functools.cache
@@ -117,12 +104,12 @@ def _empty_weight(out_features: int, in_features: int, dtype: torch.dtype) -> to
     return weight
 
 
-def _run(name: str, tasks: int, scratch_bytes: int, packed: _Packed, fields: dict[str, int]) -> None:
+def _run(name: str, tasks: int, scratch_bytes: int, packed: Packed, fields: dict[str, int]) -> None:
     """Runs the tasks of a kernel on torch's threads; `scratch_bytes` for each of them."""
-    kernels = _kernels()
+    kernels = compiled()
     threads = min(torch.get_num_threads(), tasks)
     scratch = torch.zeros(threads * scratch_bytes + 64, dtype=torch.uint8)
-    values, index = packed.arguments(name), _places()
+    values, index = packed.arguments(name), places()
     values[index["tasks"]], values[index["scratch"]] = tasks, scratch.data_ptr()
     values[index["scratch_bytes"]] = scratch_bytes
     for key, value in fields.items():
@@ -139,101 +126,6 @@ def _run(name: str, tasks: int, scratch_bytes: int, packed: _Packed, fields: dic
             helper.result()
 
 
-@functools.cache
-def _places() -> dict[str, int]:
-    """Field of a kernel's arguments to its place."""
-    return {name: place for place, name in enumerate(_kernels().FIELDS._fields)}
-
-
-class _Packed:
-    """Codes and codebook as kernels take them: the fields of their shape, and room for what is copied."""
-
-    def __init__(
-        self, codes: torch.Size, codebook: torch.Size, out_features: int, codes_dtype: torch.dtype, dtype: torch.dtype
-    ) -> None:
-        self.codebooks, clusters, self.group = codebook
-        self.in_features, width = codes
-        self.bits = code_bits(clusters)
-        self.blocks = -(-num_groups(out_features, self.group) // 8)
-        self.lanes = 1 << (self.group - 1).bit_length()
-        beyond = self.bits + _OVERREAD  # the last block of eight may only begin inside the row
-        self._safe = max(0, self.in_features - -(-beyond // width))
-        tail = torch.zeros((self.in_features - self._safe) * width + beyond, dtype=codes_dtype)
-        self._tail = tail[: (self.in_features - self._safe) * width].view(-1, width)
-        # A row for every code there can be: damaged codes, and the bits behind the last code of a row, read a NaN
-        # instead of foreign memory.
-        rows = self.codebooks << self.bits
-        self.table_shape = (self.codebooks, 1 << self.bits, self.lanes)
-        flat = torch.full((rows * self.lanes + _OVERREAD,), torch.nan, dtype=dtype)
-        self._centroids = flat[: rows * self.lanes].view(self.table_shape)[:, :clusters, : self.group]
-        self.table_bytes = flat.nbytes
-        self._place = 0
-        self._arguments: dict[str, Any] = {}
-        self._fields = {
-            "tail": tail.data_ptr(),
-            "safe": self._safe,
-            "width": width,
-            "bits": self.bits,
-            "blocks": self.blocks,
-            "group": self.group,
-            "in_features": self.in_features,
-            "out_features": out_features,
-            "codebooks": self.codebooks,
-            "table": flat.data_ptr(),
-            "row_bytes": self.lanes * dtype.itemsize,
-            "table_bytes": (self.lanes << self.bits) * dtype.itemsize,
-        }
-        self._kept = (tail, flat)  # which the fields point into
-
-    def load(self, codes: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Takes over a matrix of this shape for the next calls of kernels, while the caller keeps its codes."""
-        self._place = codes.data_ptr()
-        self._tail.copy_(codes[self._safe :])
-        self._centroids.copy_(codebook)
-
-    def arguments(self, kernel: str) -> Any:
-        """The array of a kernel's fields: those of the matrix filled in, whoever calls fills in the same others."""
-        if kernel not in self._arguments:
-            self._arguments[kernel] = (ctypes.c_int64 * len(_places()))()
-            for key, value in self._fields.items():
-                self._arguments[kernel][_places()[key]] = value
-        values, index = self._arguments[kernel], _places()
-        values[index["claimed"]] = values[index["workers"]] = 0
-        values[index["codes"]] = self._place
-        return values
-
-    def split(self, outputs: int) -> tuple[int, int]:
-        """Blocks of a task of about `outputs` outputs, and tasks."""
-        wanted = max(1, outputs // (8 * self.group))
-        return wanted, -(-self.blocks // wanted)
-
-
-class _Kept(threading.local):
-    """What each thread keeps of the last shapes that it saw: making it anew takes longer than a small matrix and one
-    token."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[tuple, _Packed] = {}
-
-
-_KEPT = _Kept()
-
-
-def _packed(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> _Packed:
-    """Contiguous codes and a codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
-    key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
-    kept = _KEPT.shapes
-    packed = kept.get(key)
-    if packed is None:
-        packed = _Packed(*key)
-        if packed.table_bytes <= _KEPT_BYTES:
-            if len(kept) >= _KEPT_SHAPES:
-                del kept[next(iter(kept))]
-            kept[key] = packed
-    packed.load(codes, codebook)
-    return packed
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -244,7 +136,7 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _takes(codes: torch.Tensor, out_features: int, *dtypes: torch.dtype) -> bool:
     large = codes.shape[0] * out_features >= _SMALL
-    return large and all(dtype in _FLOATS for dtype in dtypes) and _kernels() is not None
+    return large and all(dtype in FLOATS for dtype in dtypes) and compiled() is not None
 
 
 def decode(
@@ -263,8 +155,8 @@ def decode(
         known = known and residual.is_contiguous() and residual.dtype in (torch.float32, torch.bfloat16)
     if not (known and _takes(codes, out_features, dtype, codebook.dtype)):
         return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
-    kernels, codes = _kernels(), codes.contiguous()
-    packed = _packed(codes, codebook, out_features, dtype if plain else torch.float32)
+    kernels, codes = compiled(), codes.contiguous()
+    packed = packed_for(codes, codebook, out_features, dtype if plain else torch.float32)
     weight = _empty_weight(out_features, packed.in_features, dtype)
     scale_in, scale_out = _float(scale_in), _float(scale_out)
     per_task, tasks = packed.split(_TASK_OUTPUTS)
@@ -312,27 +204,30 @@ def _linear_few(
     bias: torch.Tensor | None,
     out_features: int,
 ) -> torch.Tensor:
-    kernels, codes = _kernels(), codes.contiguous()
-    if scale_in is None and scale_out is None:
-        codebook = codebook.to(x.dtype)  # what `decode` would round to
-    packed = _packed(codes, codebook, out_features, torch.float32)
-    flat = x.reshape(-1, packed.in_features).float()
-    flat = flat.contiguous() if scale_in is None else flat * scale_in.float()
+    kernels, codes = compiled(), codes.contiguous()
+    flat = x.reshape(-1, codes.shape[0])
+    flat = (flat.float() if scale_in is None else flat * scale_in.float()).contiguous()
     tokens = len(flat)
+    lanes = 1 << (codebook.shape[2] - 1).bit_length()
+    bf16 = x.dtype == torch.bfloat16 and tokens <= _FEWEST_TOKENS and kernels.takes_bf16(lanes)
+    if scale_in is None and scale_out is None and not bf16:
+        codebook = codebook.to(x.dtype)  # to which `decode` rounds the weight
+    packed = packed_for(codes, codebook, out_features, torch.bfloat16 if bf16 else torch.float32)
     y = torch.empty(tokens, out_features, dtype=torch.float32)
     fields = {"x": flat.data_ptr(), "tokens": tokens, "y": y.data_ptr(), "y_step": y.stride(0) * 4}
     if tokens <= _FEWEST_TOKENS:
         # Tasks of equal length, enough of them that a thread which starts late is made up for.
-        per_task = max(1, packed.blocks // (4 * torch.get_num_threads()))
-        loop, lanes, _ = kernels.token_loop(packed.bits, packed.lanes, tokens)
-        fields |= {"loop": loop, "lanes": lanes, "blocks_per_task": per_task}
-        _run("fewest", -(-packed.blocks // per_task), per_task * 32 * lanes * tokens, packed, fields)
+        tasks = min(packed.blocks, 4 * torch.get_num_threads())
+        loop, lanes, _ = kernels.token_loop(packed.bits, packed.lanes, tokens, bf16)
+        fields |= {"loop": loop, "lanes": lanes}
+        _run("fewest", tasks, -(-packed.blocks // tasks) * 32 * lanes * tokens, packed, fields)
     else:
         per_task, tasks = packed.split(_FEW_TASK_OUTPUTS)
         scratch = (kernels.ROWS + tokens) * (per_task * 8 * packed.group + kernels.SLACK) * 4
         _run("few", tasks, scratch, packed, {**fields, "blocks_per_task": per_task})
+    # Every call into torch costs as much as some thousand codes.
     if scale_out is not None:
-        y *= scale_out.float()
+        y = torch.mul(y, scale_out.float(), out=y if bias is not None else y.new_empty(y.shape, dtype=x.dtype))
     if bias is not None:
         y += bias.to(x.dtype).float()
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
@@ -365,8 +260,8 @@ def _codebook_grad(
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out_features = grad_output.shape[1]
-    kernels, codes = _kernels(), codes.contiguous()
-    packed = _packed(codes, codebook, out_features, torch.float32)
+    kernels, codes = compiled(), codes.contiguous()
+    packed = packed_for(codes, codebook, out_features, torch.float32)
     # fp16 has no room for the elements of dL/dW of a scaled loss.
     half = x.dtype == grad_output.dtype == torch.bfloat16 and _multiplies_bf16()
     dtype = torch.bfloat16 if half else torch.float32

@@ -21,9 +21,10 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from .cpu_simd import TOKENS, call_token_loop, claim, gather, multiply, scatter, token_loop, turn2, turn4
+from .cpu_loops import call_token_loop, table_loop, takes_bf16, token_loop
+from .cpu_simd import TOKENS, claim, gather, multiply, scatter, turn2, turn4
 
-__all__ = ["FIELDS", "ROWS", "RUN_BYTES", "SLACK", "kernel_address", "token_loop"]
+__all__ = ["FIELDS", "ROWS", "RUN_BYTES", "SLACK", "kernel_address", "table_loop", "takes_bf16", "token_loop"]
 
 FIELDS = namedtuple(
     "FIELDS",
@@ -203,7 +204,10 @@ def _fewest(address):
         task = claim(address)
         if task >= a[_F.tasks]:
             return
-        first, blocks, start, count = _outputs(a, task)
+        first = task * a[_F.blocks] // a[_F.tasks]
+        blocks = (task + 1) * a[_F.blocks] // a[_F.tasks] - first
+        start = first * 8 * group
+        count = min(blocks * 8 * group, a[_F.out_features] - start)
         result = _floats(sums, blocks * size)
         result[:] = 0
         channel = 0

@@ -1,0 +1,137 @@
+"""A matrix as the compiled kernels of the CPU backend take it: packed codes, and the codebook as a table of theirs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import torch
+
+from ..codes import code_bits, num_groups
+
+__all__ = ["FLOATS", "Packed", "compiled", "packed_for", "places"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WIDE = 16  # numbers that a vector instruction moves
+_OVERREAD = 16  # bytes that a word of codes, and elements that a table, may be read beyond its end
+_KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20  # of which a thread keeps tables, and the largest that it keeps
+
+
+@functools.cache
+def compiled() -> Any:
+    """The compiled functions, imported by those who use them; None without numba."""
+    try:
+        from . import cpu_kernels
+    except ImportError:
+        return None
+    return cpu_kernels
+
+
+@functools.cache
+def places() -> dict[str, int]:
+    """Field of a kernel's arguments to its place."""
+    return {name: place for place, name in enumerate(compiled().FIELDS._fields)}
+
+
+@functools.cache
+def _filler(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(address)
+
+
+class Packed:
+    """Codes and codebook as kernels take them: the fields of their shape, and room for what is copied."""
+
+    def __init__(
+        self, codes: torch.Size, codebook: torch.Size, out_features: int, codes_dtype: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        self.codebooks, clusters, self.group = codebook
+        self.in_features, width = codes
+        self.bits = code_bits(clusters)
+        self.blocks = -(-num_groups(out_features, self.group) // 8)
+        self.lanes = 1 << (self.group - 1).bit_length()
+        beyond = self.bits + _OVERREAD  # the last block of eight may only begin inside the row
+        self._safe = max(0, self.in_features - -(-beyond // width))
+        tail = torch.zeros((self.in_features - self._safe) * width + beyond, dtype=codes_dtype)
+        self._tail = tail[: (self.in_features - self._safe) * width].view(-1, width)
+        # A row for every code there can be: damaged codes, and the bits behind the last code of a row, read a NaN
+        # instead of foreign memory.
+        rows = self.codebooks << self.bits
+        self.table_shape = (self.codebooks, 1 << self.bits, self.lanes)
+        flat = torch.full((rows * self.lanes + _OVERREAD,), torch.nan, dtype=dtype)
+        self._centroids = flat[: rows * self.lanes].view(self.table_shape)[:, :clusters, : self.group]
+        self.table_bytes = flat.nbytes
+        self._place = 0
+        self._arguments: dict[str, Any] = {}
+        self._fields = {
+            "tail": tail.data_ptr(),
+            "safe": self._safe,
+            "width": width,
+            "bits": self.bits,
+            "blocks": self.blocks,
+            "group": self.group,
+            "in_features": self.in_features,
+            "out_features": out_features,
+            "codebooks": self.codebooks,
+            "table": flat.data_ptr(),
+            "row_bytes": self.lanes * dtype.itemsize,
+            "table_bytes": (self.lanes << self.bits) * dtype.itemsize,
+        }
+        self._kept = (tail, flat)  # which the fields point into
+
+    def load(self, codes: torch.Tensor, codebook: torch.Tensor) -> None:
+        """Takes over a matrix of this shape for the next calls of kernels, while the caller keeps its codes."""
+        self._place = codes.data_ptr()
+        self._tail.copy_(codes[self._safe :])
+        dtype, lanes, (blocks, rows, row) = self._centroids.dtype, self.lanes, codebook.shape
+        if not (codebook.is_contiguous() and codebook.dtype in FLOATS and dtype in FLOATS[:2]):
+            self._centroids.copy_(codebook)
+            return
+        if lanes == row and rows * row % _WIDE == 0 and rows * row > _WIDE:
+            rows, row, lanes = rows * row // _WIDE, _WIDE, _WIDE  # no padding: as well rows of another length
+        name = str(codebook.dtype).removeprefix("torch.")
+        loop, _ = compiled().table_loop(row, lanes, name, dtype == torch.bfloat16)
+        _filler(loop)(codebook.data_ptr(), blocks, rows, self._fields["table"], self._fields["table_bytes"])
+
+    def arguments(self, kernel: str) -> Any:
+        """The array of a kernel's fields: those of the matrix filled in, whoever calls fills in the same others."""
+        if kernel not in self._arguments:
+            self._arguments[kernel] = (ctypes.c_int64 * len(places()))()
+            for key, value in self._fields.items():
+                self._arguments[kernel][places()[key]] = value
+        values, index = self._arguments[kernel], places()
+        values[index["claimed"]] = values[index["workers"]] = 0
+        values[index["codes"]] = self._place
+        return values
+
+    def split(self, outputs: int) -> tuple[int, int]:
+        """Blocks of a task of about `outputs` outputs, and tasks."""
+        wanted = max(1, outputs // (8 * self.group))
+        return wanted, -(-self.blocks // wanted)
+
+
+class _Kept(threading.local):
+    """What each thread keeps of the last shapes that it saw: making it anew takes longer than a small matrix and one
+    token."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[tuple, Packed] = {}
+
+
+_KEPT = _Kept()
+
+
+def packed_for(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> Packed:
+    """Contiguous codes and a codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
+    key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
+    kept = _KEPT.shapes
+    packed = kept.get(key)
+    if packed is None:
+        packed = Packed(*key)
+        if packed.table_bytes <= _KEPT_BYTES:
+            if len(kept) >= _KEPT_SHAPES:
+                del kept[next(iter(kept))]
+            kept[key] = packed
+    packed.load(codes, codebook)
+    return packed
