@@ -16,7 +16,8 @@ own; a rate at the edge of its list is marked. The other seeds run at that rate,
 and the standard deviation.
 
     share       gain of the method / gain of `full linears`, gain = dense loss before − loss after
-    forgetting  loss on the pre-training text's last documents after finetuning, minus the dense model's before
+    forgetting  loss on the pre-training text's last 50 documents (of fewer, the last tenth) after finetuning,
+                minus the dense model's before
     peak        memory of the run's process above what it had with its imports
 
 Each run is a process; what is known already (results/finetune_quality_NAME.json) is not run again.
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="to finetune on")
     parser.add_argument("--valid", help="to measure the loss on; without it the last --hold_out documents of --train")
     parser.add_argument("--hold_out", type=int, default=100)
-    parser.add_argument("--pretraining", required=True, help="text to calibrate on; its last 50 documents are kept")
+    parser.add_argument("--pretraining", required=True, help="text to calibrate on; its end is held out")
     parser.add_argument("--bits", type=float, nargs="+", default=[4.3, 3.1, 2.6])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="of ClusComp")
     parser.add_argument("--steps", type=int, default=250)
@@ -175,7 +176,7 @@ def compress_all(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             text = os.path.join(folder, "calibration.jsonl")
             with open(text, "w", encoding="utf-8") as file:
-                for document in read_documents(options.pretraining, tokenizer)[:-50]:
+                for document in pretraining_documents(options, tokenizer)[0]:
                     file.write(json.dumps({"text": document}) + "\n")
             compress_checkpoint(
                 options.model, target, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), calibration=text
@@ -193,7 +194,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
         held_out = read_documents(options.valid, tokenizer)
     train = full_windows(documents, tokenizer, options.seqlen)
     valid = full_windows(held_out, tokenizer, options.seqlen, max_tokens=20_000)
-    before_text = read_documents(options.pretraining, tokenizer)[-50:]
+    _, before_text = pretraining_documents(options, tokenizer)
     pretraining = full_windows(before_text, tokenizer, options.seqlen, max_tokens=20_000)
     start = read_status("VmRSS")
     _forget_peak()
@@ -242,6 +243,16 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     if job["method"].startswith("cluscomp"):
         result["merged_bits"] = true_bits(model.merge_and_unload())
     return result
+
+
+def pretraining_documents(options: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Those to calibrate on, and those to measure forgetting on."""
+    documents = read_documents(options.pretraining, tokenizer)
+    if len(documents) > 50:
+        return documents[:-50], documents[-50:]
+    text = "\n\n".join(documents)
+    end = len(text) * 9 // 10
+    return [text[:end]], [text[end:]]
 
 
 def full_windows(documents: list[str], tokenizer: Any, length: int, max_tokens: int | None = None) -> torch.Tensor:
