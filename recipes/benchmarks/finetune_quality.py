@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from memory import read_status, write_results
 from peft import LoraConfig, get_peft_model
+from random_models import nf4_layer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -289,19 +290,10 @@ def prepared(method: str, dense: Any, options: argparse.Namespace) -> tuple[Any,
 
 
 def load_in_nf4(model: Any) -> float:
-    """Replaces the linear layers by bitsandbytes' NF4 ones, blocks of 64; returns their true bits."""
-    import bitsandbytes as bnb
-
+    """Replaces the linear layers by bitsandbytes' NF4 ones; returns their true bits."""
     for name, layer in list(dense_linears(model)):
         parent, _, child = name.rpartition(".")
-        packed = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4",
-            compress_statistics=False,
-        )  # fmt: skip
-        packed.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
-        )
-        setattr(model.get_submodule(parent), child, packed.to("cpu"))
+        setattr(model.get_submodule(parent), child, nf4_layer(layer.weight.data, torch.float32))
     model.is_loaded_in_4bit = True
     return 4.5  # 4 bits, and 32 for each block of 64
 

@@ -123,7 +123,10 @@ def build(shape: Shape, method: str, device: str | torch.device, seed: int = 0) 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     for name, layer in list(dense_linears(model)) if method != "dense" else []:
-        layer = nf4_layer(layer, device) if bits is None else clustered_layer(layer, bits, device, name)
+        if bits is None:
+            layer = nf4_layer(random_weight(tuple(layer.weight.shape), device))
+        else:
+            layer = clustered_layer(layer, bits, device, name)
         model.set_submodule(name, layer)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -224,11 +227,11 @@ def clustered_layer(layer: nn.Module, bits: float, device: str | torch.device, n
     return ClusteredLinear.from_parts(codes, codebook, *scales, None, out_features)
 
 
-def nf4_layer(layer: nn.Module, device: str | torch.device) -> nn.Module:
-    """A random NF4 layer in the place of a linear layer without bias, as `load_in_4bit` leaves it."""
+def nf4_layer(weight: torch.Tensor, compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The NF4 layer of a weight [out, in] without bias, blocks of 64, as `load_in_4bit` leaves it."""
     import bitsandbytes
 
-    out_features, in_features = layer.weight.shape
+    out_features, in_features = weight.shape
     if in_features % 64:
         raise ValueError(
             f"rows of {in_features} weights: bitsandbytes on a CPU gives back wrong weights where a row is no "
@@ -237,10 +240,9 @@ def nf4_layer(layer: nn.Module, device: str | torch.device) -> nn.Module:
     settings = {"compress_statistics": False, "quant_type": "nf4"}
     with torch.device("meta"):
         new = bitsandbytes.nn.Linear4bit(
-            in_features, out_features, bias=False, compute_dtype=torch.bfloat16, **settings
+            in_features, out_features, bias=False, compute_dtype=compute_dtype, **settings
         )
-    weight = random_weight((out_features, in_features), device)
-    new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=new, **settings).to(device)
+    new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=new, **settings).to(weight.device)
     return new
 
 
