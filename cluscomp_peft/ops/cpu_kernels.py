@@ -236,9 +236,13 @@ def _fewest(address):
             channel += rows
         for token in range(tokens):
             y = _floats(a[_F.y] + token * a[_F.y_step] + 4 * start, count)
-            for o in range(count):
-                code = o // group
-                y[o] = result[code // 8 * size + (token * 8 + code % 8) * lanes + o % group]
+            o = 0
+            for block in range(blocks):
+                place = block * size + token * 8 * lanes
+                for _ in range(8):
+                    for k in range(min(group, count - o)):
+                        y[o + k] = result[place + k]
+                    o, place = o + group, place + lanes
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})

@@ -44,7 +44,7 @@ class Packed:
     """Codes and codebook as kernels take them: the fields of their shape, and room for what is copied."""
 
     def __init__(
-        self, codes: torch.Size, codebook: torch.Size, out_features: int, codes_dtype: torch.dtype, dtype: torch.dtype
+        self, codes: torch.Size, codebook: torch.Size, out_features: int, stored: torch.dtype, dtype: torch.dtype
     ) -> None:
         self.codebooks, clusters, self.group = codebook
         self.in_features, width = codes
@@ -53,8 +53,8 @@ class Packed:
         self.lanes = 1 << (self.group - 1).bit_length()
         beyond = self.bits + _OVERREAD  # the last block of eight may only begin inside the row
         self._safe = max(0, self.in_features - -(-beyond // width))
-        tail = torch.zeros((self.in_features - self._safe) * width + beyond, dtype=codes_dtype)
-        self._tail = tail[: (self.in_features - self._safe) * width].view(-1, width)
+        self._tail_bytes = (self.in_features - self._safe) * width
+        tail = torch.zeros(self._tail_bytes + beyond, dtype=torch.uint8)
         # A row for every code there can be: damaged codes, and the bits behind the last code of a row, read a NaN
         # instead of foreign memory.
         rows = self.codebooks << self.bits
@@ -79,20 +79,28 @@ class Packed:
             "table_bytes": (self.lanes << self.bits) * dtype.itemsize,
         }
         self._kept = (tail, flat)  # which the fields point into
+        self._table_loop = self._chosen_loop(clusters, stored, dtype)
 
     def load(self, codes: torch.Tensor, codebook: torch.Tensor) -> None:
         """Takes over a matrix of this shape for the next calls of kernels, while the caller keeps its codes."""
         self._place = codes.data_ptr()
-        self._tail.copy_(codes[self._safe :])
-        dtype, lanes, (blocks, rows, row) = self._centroids.dtype, self.lanes, codebook.shape
-        if not (codebook.is_contiguous() and codebook.dtype in FLOATS and dtype in FLOATS[:2]):
+        fields = self._fields
+        ctypes.memmove(fields["tail"], self._place + self._safe * fields["width"], self._tail_bytes)
+        if self._table_loop is None or not codebook.is_contiguous():
             self._centroids.copy_(codebook)
-            return
+        else:
+            function, rows = self._table_loop
+            function(codebook.data_ptr(), self.codebooks, rows, fields["table"], fields["table_bytes"])
+
+    def _chosen_loop(self, clusters: int, stored: torch.dtype, dtype: torch.dtype) -> tuple[Any, int] | None:
+        """The compiled loop that makes a table of codebooks of a dtype, and the rows it moves, if there is one."""
+        if stored not in FLOATS or dtype not in FLOATS[:2]:
+            return None
+        rows, row, lanes = clusters, self.group, self.lanes
         if lanes == row and rows * row % _WIDE == 0 and rows * row > _WIDE:
             rows, row, lanes = rows * row // _WIDE, _WIDE, _WIDE  # no padding: as well rows of another length
-        name = str(codebook.dtype).removeprefix("torch.")
-        loop, _ = compiled().table_loop(row, lanes, name, dtype == torch.bfloat16)
-        _filler(loop)(codebook.data_ptr(), blocks, rows, self._fields["table"], self._fields["table_bytes"])
+        name = str(stored).removeprefix("torch.")
+        return _filler(compiled().table_loop(row, lanes, name, dtype == torch.bfloat16)[0]), rows
 
     def arguments(self, kernel: str) -> Any:
         """The array of a kernel's fields: those of the matrix filled in, whoever calls fills in the same others."""
@@ -124,7 +132,7 @@ _KEPT = _Kept()
 
 def packed_for(codes: torch.Tensor, codebook: torch.Tensor, out_features: int, dtype: torch.dtype) -> Packed:
     """Contiguous codes and a codebook for a kernel, the table in `dtype`; for this thread and until its next call."""
-    key = (codes.shape, codebook.shape, out_features, codes.dtype, dtype)
+    key = (codes.shape, codebook.shape, out_features, codebook.dtype, dtype)
     kept = _KEPT.shapes
     packed = kept.get(key)
     if packed is None:
