@@ -152,6 +152,17 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Watched(torch.Tensor):
+    """A subclass that notes what is called with it."""
+
+    calls: list = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def test_who_looks_on_sees_one_op():
     """Without a gradient the op is left out, for its dispatch takes as long as a small matrix; nobody must miss it."""
     given, x = parts(), tokens(1, 150)
@@ -161,6 +172,9 @@ def test_who_looks_on_sees_one_op():
         with Seen() as seen:
             assert torch.equal(ops.linear(x, **arguments, out_features=70), plain)
         assert seen.names[0] == "cluscomp.linear.default"
+        watched = {**arguments, "codes": given[0].as_subclass(Watched)}
+        assert torch.equal(ops.linear(x, **watched, out_features=70), plain)
+        assert torch.ops.cluscomp.linear.default in Watched.calls
         graph = make_fx(lambda x: ops.linear(x, **arguments, out_features=70))(x)
         assert torch.equal(graph(2 * x), ops.linear(2 * x, **arguments, out_features=70))
         compiled = torch.compile(

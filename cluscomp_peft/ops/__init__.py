@@ -26,6 +26,8 @@ from . import cpu, reference
 
 __all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 @torch.library.custom_op("cluscomp::decode", mutates_args=())
 def DECODE(
@@ -242,21 +244,21 @@ def linear(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    op = cpu.linear if _runs_here(x, codebook, scale_in, scale_out, residual, bias) else LINEAR
+    op = cpu.linear if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
     return op(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
 
 
-def _runs_here(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Whether nobody but the CPU backend need know of a call: no gradient, compiler or mode that looks on.
+def _runs_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode or subclass that looks on.
 
     The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if type(x) is not torch.Tensor or _get_current_dispatch_mode() is not None:
+    tensors = [x, *(other for other in others if other is not None)]
+    if _get_current_dispatch_mode() is not None or any(type(tensor) not in _PLAIN for tensor in tensors):
         return False
-    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, *parameters))
-    return not wanted
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def codebook_grad(
