@@ -2,8 +2,10 @@
 # Builders of LLVM instructions are typed by what they build, which mypy does not see.
 """Loops of the CPU backend that are made at run time, for the b and g of a matrix: one token needs every instruction.
 
-table row, bf16, g = 3     [ w w w · ]  8 bytes: eight of them in one instruction where the machine gathers
-table row, fp32, g = 3     [ w w w · ]  16 bytes: one by one, as an operand of the multiplication
+How long a row of the table is decides how it is read:
+
+    bf16, g = 3     [ w w w · ]  8 bytes: eight of them in one instruction where the machine gathers
+    fp32, g = 3     [ w w w · ]  16 bytes: one by one, as an operand of the multiplication
 """
 
 from __future__ import annotations
