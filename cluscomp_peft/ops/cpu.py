@@ -164,7 +164,7 @@ def decode(
     run = kernels.RUN_BYTES // dtype.itemsize
     scratch = run * ((per_task * 8 * packed.group + kernels.SLACK) * item + (0 if plain else 9 * 4))
     fields = {
-        "blocks_per_task": per_task,
+        "most_blocks": per_task,
         "scale_in": _address(scale_in),
         "scale_out": _address(scale_out),
         "residual": _address(residual),
@@ -208,8 +208,7 @@ def _linear_few(
     flat = x.reshape(-1, codes.shape[0])
     flat = (flat.float() if scale_in is None else flat * scale_in.float()).contiguous()
     tokens = len(flat)
-    lanes = 1 << (codebook.shape[2] - 1).bit_length()
-    bf16 = x.dtype == torch.bfloat16 and tokens <= _FEWEST_TOKENS and kernels.takes_bf16(lanes)
+    bf16 = x.dtype == torch.bfloat16 and tokens <= _FEWEST_TOKENS and kernels.takes_bf16(codebook.shape[2])
     if scale_in is None and scale_out is None and not bf16:
         codebook = codebook.to(x.dtype)  # to which `decode` rounds the weight
     packed = packed_for(codes, codebook, out_features, torch.bfloat16 if bf16 else torch.float32)
@@ -224,7 +223,7 @@ def _linear_few(
     else:
         per_task, tasks = packed.split(_FEW_TASK_OUTPUTS)
         scratch = (kernels.ROWS + tokens) * (per_task * 8 * packed.group + kernels.SLACK) * 4
-        _run("few", tasks, scratch, packed, {**fields, "blocks_per_task": per_task})
+        _run("few", tasks, scratch, packed, {**fields, "most_blocks": per_task})
     # Every call into torch costs as much as some thousand codes.
     if scale_out is not None:
         y = torch.mul(y, scale_out.float(), out=y if bias is not None else y.new_empty(y.shape, dtype=x.dtype))

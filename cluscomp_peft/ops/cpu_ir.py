@@ -19,6 +19,7 @@ __all__ = [
     "loop_phi",
     "multiply_add",
     "pointer",
+    "rows_begin",
 ]
 
 WORD, LONG, FLOAT, VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
@@ -41,6 +42,29 @@ def loop_phi(builder: ir.IRBuilder, value: ir.Value, block: ir.Block) -> ir.Valu
     phi = builder.phi(value.type)
     phi.add_incoming(value, block)
     return phi
+
+
+def rows_begin(builder: ir.IRBuilder, first: ir.Value, start: list[ir.Value]) -> tuple:
+    """Begins a loop over rows in memory, the first at an address, with variables that start at these values.
+
+    Returns:
+        The row's number, its address, the variables, and `end(step, rows, new)`, which ends the loop: rows lie `step`
+        bytes apart, and the variables take their `new` values.
+    """
+    head, loop, out = builder.block, builder.append_basic_block("rows"), builder.append_basic_block("out")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    count, where, *kept = (loop_phi(builder, value, head) for value in (ir.Constant(LONG, 0), first, *start))
+
+    def end(step: ir.Value, rows: ir.Value, new: list[ir.Value]) -> None:
+        following = builder.add(count, ir.Constant(LONG, 1))
+        values = (following, builder.add(where, step), *new)
+        for phi, value in zip((count, where, *kept), values, strict=True):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, rows), loop, out)
+        builder.position_at_end(out)
+
+    return count, where, kept, end
 
 
 def broadcast(builder: ir.IRBuilder, value: ir.Value, count: int) -> ir.Value:

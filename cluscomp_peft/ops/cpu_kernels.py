@@ -28,7 +28,7 @@ __all__ = ["FIELDS", "ROWS", "RUN_BYTES", "SLACK", "kernel_address", "table_loop
 
 FIELDS = namedtuple(
     "FIELDS",
-    "claimed workers tasks scratch scratch_bytes blocks_per_task "  # who does what
+    "claimed workers tasks scratch scratch_bytes most_blocks "  # who does what
     "codes tail safe width bits blocks group in_features out_features codebooks table row_bytes table_bytes "
     "scale_in scale_out residual residual_item weight item "  # 0 where there is none
     "x tokens y y_step loop lanes grad grad_item start stop grad_table grad_table_bytes grad_in grad_out",
@@ -83,8 +83,8 @@ def _table_of(a, channel):
 @njit(nogil=True, error_model="numpy")
 def _outputs(a, task):
     """First block of eight codes, blocks, first output and outputs of a task."""
-    first = task * a[_F.blocks_per_task]
-    blocks = min(a[_F.blocks_per_task], a[_F.blocks] - first)
+    first = task * a[_F.blocks] // a[_F.tasks]
+    blocks = (task + 1) * a[_F.blocks] // a[_F.tasks] - first
     start = first * 8 * a[_F.group]
     return first, blocks, start, min(blocks * 8 * a[_F.group], a[_F.out_features] - start)
 
@@ -144,7 +144,7 @@ def _decode(address):
     scratch = a[_F.scratch] + claim(address + 8 * _F.workers) * a[_F.scratch_bytes]
     plain = a[_F.scale_in] == 0 and a[_F.scale_out] == 0 and a[_F.residual] == 0
     item = a[_F.item] if plain else 4
-    step = (a[_F.blocks_per_task] * 8 * a[_F.group] + SLACK) * item
+    step = (a[_F.most_blocks] * 8 * a[_F.group] + SLACK) * item
     run = RUN_BYTES // a[_F.item]
     lines, line = scratch + run * step, 4 * run
     while True:
@@ -172,7 +172,7 @@ def _decode(address):
 def _few(address):
     a = _longs(address, _COUNT)
     scratch = a[_F.scratch] + claim(address + 8 * _F.workers) * a[_F.scratch_bytes]
-    step = (a[_F.blocks_per_task] * 8 * a[_F.group] + SLACK) * 4
+    step = (a[_F.most_blocks] * 8 * a[_F.group] + SLACK) * 4
     sums = scratch + ROWS * step
     while True:
         task = claim(address)
@@ -204,10 +204,7 @@ def _fewest(address):
         task = claim(address)
         if task >= a[_F.tasks]:
             return
-        first = task * a[_F.blocks] // a[_F.tasks]
-        blocks = (task + 1) * a[_F.blocks] // a[_F.tasks] - first
-        start = first * 8 * group
-        count = min(blocks * 8 * group, a[_F.out_features] - start)
+        first, blocks, start, count = _outputs(a, task)
         result = _floats(sums, blocks * size)
         result[:] = 0
         channel = 0

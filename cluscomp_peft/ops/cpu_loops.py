@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cpu_ir import FLOAT, LANES, LONG, VOID, WIDTH, WORD, broadcast, load, loop_phi, multiply_add, pointer
+from .cpu_ir import FLOAT, LANES, LONG, VOID, WIDTH, WORD, broadcast, load, loop_phi, multiply_add, pointer, rows_begin
 
 __all__ = ["call_token_loop", "table_loop", "takes_bf16", "token_loop"]
 
@@ -85,9 +85,9 @@ def _permute_rows(builder: ir.IRBuilder, codes: ir.Value, halves: list[ir.Value]
 
 
 @functools.cache
-def takes_bf16(lanes: int) -> bool:
+def takes_bf16(group: int) -> bool:
     """Whether [`token_loop`] reads tables in bf16: one instruction gathers eight rows of them, and of fp32 not."""
-    return lanes == 4 and binding.get_host_cpu_features().get("avx512f", False)
+    return group in (3, 4) and binding.get_host_cpu_features().get("avx512f", False)
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def token_loop(bits: int, lanes: int, tokens: int, bf16: bool = False) -> tuple[
     second, too little to keep it on disk.
 
     Args:
-        bf16 (`bool`): Dtype of the table, otherwise fp32. For lanes that [`takes_bf16`].
+        bf16 (`bool`): Dtype of the table, otherwise fp32. For a g that [`takes_bf16`].
 
     Returns:
         The address, the floats between one sum and the next, and what keeps the code alive.
@@ -131,19 +131,13 @@ def token_loop(bits: int, lanes: int, tokens: int, bf16: bool = False) -> tuple[
     fetch = cgutils.get_or_insert_function(module, kind_of_fetch, "llvm.prefetch.p0")
     stride = builder.mul(step, rows)
     for first in range(0, parts, parts * size // 8):
-        before = builder.block
         places = [
             4 * vector.count * (parts * t + k) for k in range(first, first + parts * size // 8) for t in range(tokens)
         ]
         start = [load(builder, sums, vector, place) for place in places]
         if bf16:
             start = _shuffled(builder, start, tokens, [range(0, 32, 2), range(1, 32, 2)])
-        loop, out = builder.append_basic_block("rows"), builder.append_basic_block("out")
-        builder.branch(loop)
-
-        builder.position_at_end(loop)
-        count, where = loop_phi(builder, ir.Constant(LONG, 0), before), loop_phi(builder, codes, before)
-        kept = [loop_phi(builder, value, before) for value in start]
+        count, where, kept, end = rows_begin(builder, codes, start)
         offset = builder.shl(count, ir.Constant(LONG, 2))
         factors = [broadcast(builder, load(builder, builder.add(x, offset), FLOAT), vector.count) for x in xs]
         words: dict[int, ir.Value] = {}
@@ -168,14 +162,7 @@ def token_loop(bits: int, lanes: int, tokens: int, bf16: bool = False) -> tuple[
         if first == 0:
             ahead = builder.inttoptr(builder.add(where, stride), ir.IntType(8).as_pointer())
             builder.call(fetch, [ahead, *(ir.Constant(WORD, value) for value in (0, 2, 1))])
-        following = builder.add(count, ir.Constant(LONG, 1))
-        count.add_incoming(following, loop)
-        where.add_incoming(builder.add(where, step), loop)
-        for phi, value in zip(kept, new, strict=True):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, rows), loop, out)
-
-        builder.position_at_end(out)
+        end(step, rows, new)
         if bf16:
             new = _shuffled(
                 builder, new, tokens, [[k // 2 + k % 2 * 16 for k in part] for part in (range(16), range(16, 32))]

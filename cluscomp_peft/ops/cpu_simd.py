@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .cpu_ir import FLOAT, LANES, LONG, WIDTH, WORD, broadcast, load, loop_phi, multiply_add, pointer
+from .cpu_ir import FLOAT, LANES, LONG, WIDTH, WORD, broadcast, load, loop_phi, multiply_add, pointer, rows_begin
 
 __all__ = ["ROW_BYTES", "TOKENS", "claim", "gather", "multiply", "scatter", "turn2", "turn4"]
 
@@ -169,27 +169,14 @@ def _multiplier(tokens: int):
                 places.append(builder.add(places[-1], sums_step))
                 xs.append(builder.add(xs[-1], x_step))
             start = [load(builder, place, LANES, offset) for place in places for offset in (0, 4 * WIDTH)]
-            head, loop = builder.block, builder.append_basic_block("rows")
-            out = builder.append_basic_block("out")
-            builder.branch(loop)
-
-            builder.position_at_end(loop)
-            count, where = loop_phi(builder, ir.Constant(LONG, 0), head), loop_phi(builder, tile, head)
-            kept = [loop_phi(builder, value, head) for value in start]
+            count, where, kept, end = rows_begin(builder, tile, start)
             values = [load(builder, where, LANES, offset) for offset in (0, 4 * WIDTH)]
             offset = builder.shl(count, ir.Constant(LONG, 2))
             new = []
             for t in range(tokens):
                 factor = broadcast(builder, load(builder, builder.add(xs[t], offset), FLOAT), WIDTH)
                 new += [builder.call(fused, [factor, values[k], kept[2 * t + k]]) for k in range(2)]
-            following = builder.add(count, ir.Constant(LONG, 1))
-            count.add_incoming(following, loop)
-            where.add_incoming(builder.add(where, step), loop)
-            for phi, value in zip(kept, new, strict=True):
-                phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, rows), loop, out)
-
-            builder.position_at_end(out)
+            end(step, rows, new)
             for t, place in enumerate(places):
                 for k in range(2):
                     builder.store(new[2 * t + k], pointer(builder, place, LANES, 4 * WIDTH * k), align=4)
