@@ -13,6 +13,7 @@ LoRA's matrices are bf16, to which TRL's trainers cast them on 4-bit models; del
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cluscomp_peft import ClusCompConfig, ClusteredLinear
+from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.codes import num_groups, pack
 from cluscomp_peft.compress.allocation import choose_spec
 from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.plan import Settings, plan
 
 NAMES = {"dense": "dense bf16", "nf4": "NF4 + LoRA r 16"}
@@ -166,12 +168,22 @@ def prepare(
     return model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def train_step(model: Any, optimizer: Any, tokens: torch.Tensor) -> None:
-    """One step on tokens [batch, length]; without an optimizer, forward and backward alone."""
-    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+def train_step(model: Any, optimizer: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """One step on tokens [batch, length]; without an optimizer, forward and backward alone. Returns the loss."""
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def save_checkpoint(model: LlamaForCausalLM, method: str, folder: str | os.PathLike) -> None:
+    """Writes a clustered model as `cluscomp compress` would leave it, for `from_pretrained`."""
+    quantizer = ClusCompHfQuantizer(ClusCompQuantizationConfig(bits=bits_of(method)), pre_quantized=False)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.save_pretrained(folder)
 
 
 def forecast_training(
