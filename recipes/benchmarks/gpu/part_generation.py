@@ -51,7 +51,10 @@ def measure(method: str, options: argparse.Namespace) -> dict:
     for batch in BATCHES:
         row[f"eager {batch}"] = batch * NEW_TOKENS / eager(model, random_tokens(shape, batch, PROMPT, device), device)
         if is_cuda(device):
-            row[f"graph {batch}"] = batch * NEW_TOKENS / graph(model, random_tokens(shape, batch, PROMPT, device))
+            took, same = graph(model, random_tokens(shape, batch, PROMPT, device))
+            row[f"graph {batch}"] = batch * NEW_TOKENS / took
+            if not same:
+                row["error"] = f"the graph of batch {batch} writes other tokens than the same passes call by call"
     return {**row, **peaks(device)}
 
 
@@ -109,25 +112,19 @@ class Decoder:
         return torch.cat(written, 1)
 
 
-def graph(model: Any, prompt: torch.Tensor) -> float:
-    """Seconds of the new tokens from a CUDA graph.
-
-    Raises:
-        AssertionError: If they are not those of the same passes call by call.
-    """
+def graph(model: Any, prompt: torch.Tensor) -> tuple[float, bool]:
+    """Seconds of the new tokens from a CUDA graph, and whether they are those of the same passes call by call."""
     decoder = Decoder(model, prompt)
     expected = decoder.write(8, decoder.step)
     captured, _ = capture(decoder.step)
-    found = decoder.write(8, captured.replay)
-    if not torch.equal(found, expected):
-        raise AssertionError(f"the graph writes other tokens: {found[0].tolist()} instead of {expected[0].tolist()}")
+    same = torch.equal(decoder.write(8, captured.replay), expected)
     decoder.start()
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(NEW_TOKENS):
         captured.replay()
     torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, same
 
 
 def compiled(method: str, options: argparse.Namespace) -> dict:

@@ -142,7 +142,7 @@ def measure_steps(dim: int, limits: dict, options: argparse.Namespace) -> dict[s
 
 def make_vectors(dim: int, options: argparse.Namespace) -> torch.Tensor:
     """The largest matrix in groups of d: [N, d] fp32."""
-    in_features, out_features = (max(64, round(size * options.scale)) for size in LARGEST)
+    in_features, out_features = (max(16, round(size * options.scale)) for size in LARGEST)
     return group(make_weight(in_features, out_features, options.device), dim).reshape(-1, dim).float()
 
 
