@@ -227,13 +227,15 @@ def test_limits_are_named(gpu):
 @interpreted
 def test_the_benchmark_script_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
-    sizes = "--parts kmeans --rows 16 --cols 48 --clusters 20 --dims 4 --iterations 1 --repeat 0".split()
-    output = tmp_path / "new" / "suite.json"
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", *sizes, "--output", str(output)])
-    importlib.import_module("gpu_suite").main()
-    results = json.loads(output.read_text())
-    assert results["checks"]["4"]["excess"] < 1e-5 and results["rows"][0]["N"] == 192
-    assert "70B" in capsys.readouterr().out
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks" / "gpu")
+    module = importlib.import_module("part_kmeans")
+    monkeypatch.setattr(module, "LARGEST", (1600, 4800))
+    flags = "--device cpu --scale 0.01 --repeat 0 --bits --dims 4 --part kmeans --output".split()
+    suite = importlib.import_module("suite")
+    assert suite.run_part(suite.arguments().parse_args([*flags, str(tmp_path / "new")])) == []
+    check, steps = json.loads((tmp_path / "new" / "kmeans.json").read_text())["rows"]
+    assert check["excess"] < 1e-5 and steps["N"] == 16 * 48 // 4 and steps["full, s"] > 0
+    assert "steps d = 4" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -2,12 +2,14 @@
 
     method           linear layers of the blocks                                                     trains
     dense            bf16                                                                            everything
+    lora             bf16                                                                            LoRA r 16, all
     nf4              bitsandbytes `Linear4bit`: NF4, blocks of 64, scales in fp32, computes in bf16    LoRA r 16, all
     cluscomp-BITS    `ClusteredLinear` with random codes, stored as `choose_spec` would at BITS      codebooks, scales
 
-Embeddings, norms and the head are bf16 in all of them. No matrix is ever clustered and, but for `dense`, none is dense
-for longer than it takes to quantise it, so that a model of 70B parameters is made in seconds where only its codes fit.
-LoRA's matrices are bf16, to which TRL's trainers cast them on 4-bit models; deltas of codebooks are fp32.
+Embeddings, norms and the head are bf16 in all of them. No matrix is ever clustered and, but for `dense` and `lora`,
+none is dense for longer than it takes to quantise it, so that a model of 70B parameters is made in seconds where only
+its codes fit. LoRA's matrices are bf16, to which TRL's trainers cast them on 4-bit models; deltas of codebooks are
+fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from cluscomp_peft.compress.targets import dense_linears
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.plan import Settings, plan
 
-NAMES = {"dense": "dense bf16", "nf4": "NF4 + LoRA r 16"}
+NAMES = {"dense": "dense bf16", "lora": "bf16 + LoRA r 16", "nf4": "NF4 + LoRA r 16"}
 _STD = 0.02
 _FRAMEWORK = ("Python", "CUDA", "fragmentation")  # what such parts of a plan are called
 
@@ -108,7 +110,7 @@ def bits_of(method: str) -> float | None:
             return float(bits)
     except ValueError:
         pass
-    raise ValueError(f"method must be dense, nf4 or cluscomp-BITS (as cluscomp-3), got {method!r}.")
+    raise ValueError(f"method must be dense, lora, nf4 or cluscomp-BITS (as cluscomp-3), got {method!r}.")
 
 
 def name_of(method: str) -> str:
@@ -124,7 +126,7 @@ def build(shape: Shape, method: str, device: str | torch.device, seed: int = 0) 
     config = shape.config()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    for name, layer in list(dense_linears(model)) if method != "dense" else []:
+    for name, layer in list(dense_linears(model)) if method not in ("dense", "lora") else []:
         if bits is None:
             layer = nf4_layer(random_weight(tuple(layer.weight.shape), device))
         else:
@@ -156,10 +158,10 @@ def prepare(
         from peft import LoraConfig, get_peft_model
 
         adapter = ClusCompConfig(task_type="CAUSAL_LM", rank=rank)
-        if method == "nf4":
+        if method in ("lora", "nf4"):
             adapter = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
         model = get_peft_model(model, adapter)
-        if method == "nf4":
+        if method in ("lora", "nf4"):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()

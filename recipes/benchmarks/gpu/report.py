@@ -73,9 +73,10 @@ class Report:
         if any(row["name"] == name for row in self.rows):
             return None
         if self.minutes is not None and time.time() - self.content["started"] > 60 * self.minutes:
+            if not self.content["missing"]:
+                print(f"{name:<40} left out, as all that follows: {self.minutes:g} minutes are over", flush=True)
             self.content["missing"].append(name)
             self.write()
-            print(f"{name:<40} left out: {self.minutes:g} minutes are over", flush=True)
             return None
         self.note(running={"name": name, "since": time.time()})
         row: dict[str, Any] = {"name": name}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cluscomp_peft.ops import reference
 
 METHOD = "cluscomp-4"
 LARGE = Shape(hidden=2048, intermediate=5632, layers=6, heads=16, kv_heads=4, vocab=32000)
+SMALL = Shape(hidden=512, intermediate=1024, layers=1, heads=4, kv_heads=2, vocab=256)
 TINY = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocab=128)
 LENGTHS = (1, 5, 40)  # the kernel of few tokens, the same with more than one, and decoding
 
@@ -318,7 +320,7 @@ def offload_to_the_host(steps: Steps) -> dict:
 
 def cluster_on_the_device(steps: Steps) -> dict:
     """A small dense model is compressed there, both ways that need no calibration, and trains."""
-    shape = Shape(hidden=256, intermediate=512, layers=1, heads=4, kv_heads=2, vocab=256)
+    shape = replace(SMALL if is_cuda(steps.device) else TINY, layers=1)
     with tempfile.TemporaryDirectory() as folder:
         build(shape, "dense", steps.device).save_pretrained(folder)
         settings = {"dtype": torch.bfloat16, "device_map": steps.device}
