@@ -132,7 +132,7 @@ class Function:
     ) -> None:
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # the device's context is there from now on
+            _enter(device)
             self._module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
             self._function = ctypes.c_void_p()
@@ -166,13 +166,22 @@ class Function:
         status = launch(
             self._function, grid[0], grid[1], 1, threads, 1, 1, shared, ctypes.c_void_p(stream), self._pointers, None
         )
-        if status == _INVALID_CONTEXT:  # this thread has not used the device yet
-            torch.cuda.set_device(self._device)
+        if status == _INVALID_CONTEXT:
+            _enter(self._device)
             status = launch(
                 self._function, grid[0], grid[1], 1, threads, 1, 1, shared, ctypes.c_void_p(stream), self._pointers,
                 None,
             )  # fmt: skip
         _check(status)
+
+
+def _enter(device: torch.device) -> None:
+    """Makes torch's context of the device current in this thread, which may not have used it yet."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if context.value is None:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device.index)))
+        _check(_driver().cuCtxSetCurrent(context))
 
 
 def _check(status: int) -> None:

@@ -30,11 +30,14 @@ __all__ = ["MAX_TOKENS", "codebook_grad", "decode", "linear"]
 MAX_TOKENS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WARPS = 8
+_MIN_BLOCKS = 1
+_STAGES = 4  # units of codes that are on their way from memory at once
 _MAX_WORDS = 8  # of an entry of the table
 _COPIES_BYTES = 128 << 10  # that copies of a table may take
 _STRIP_BYTES = 48 << 20  # of G, which L2 should hold
 _ACCUMULATORS = 96  # registers of a thread for sums that leave room for the rest
 _MOST_UNITS = 2**31
+_SCRATCH = 128  # bytes of scatter.cu for sums over warps
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
 _Plan = TypeVar("_Plan")
@@ -46,7 +49,7 @@ def _arguments(pointers: str, numbers: str) -> type[ctypes.Structure]:
 
 _LINEAR = _arguments(
     "x packed codebook scale_in y",
-    "tokens in_features groups width clusters blocks tiles units codebook_dtype scale_dtype",
+    "tokens in_features width clusters blocks tiles units codebook_dtype scale_dtype",
 )
 _FINISH = _arguments(
     "sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype"
@@ -127,7 +130,7 @@ def linear(
     plan.multiply(
         (plan.parts, 1), 32 * _WARPS, plan.shared,
         x.data_ptr(), codes.data_ptr(), codebook.data_ptr(), _pointer(scale_in), at,
-        tokens, case.in_features, plan.groups, codes.shape[1], case.clusters, case.blocks, plan.tiles, plan.units,
+        tokens, case.in_features, codes.shape[1], case.clusters, case.blocks, plan.tiles, plan.units,
         _DTYPES[codebook.dtype], _kind(scale_in),
     )  # fmt: skip
     plan.finish(
@@ -141,7 +144,6 @@ def linear(
 class _LinearPlan(NamedTuple):
     multiply: nvrtc.Function
     finish: nvrtc.Function
-    groups: int
     tiles: int
     units: int
     parts: int
@@ -158,29 +160,30 @@ def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
     words = -(-group_size // 2)
     if not each or words > _MAX_WORDS:
         return None
-    per_lane = each[0]
-    steps = 1
-    unit = _WARPS * steps * 16
-    buffers = 2 * tokens * (unit + 16) * 2 + _WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4) * 4
-    copies = _copies(words, case, _shared_memory(case.device) - buffers - 16)
+    per_lane, scaled = each[0], case.scales[0]
+    macros = case.table(case.dtype, 1, per_lane)
+    unit = _WARPS * 16
+    pieces = -(-per_lane * case.bits // 16) if macros["ALIGNED"] else (per_lane * case.bits + 30) // 16
+    stage = 4 * (unit * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * (unit + 8) // 2 + unit * scaled)
+    sums = 4 * _WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4)
+    room = _shared_memory(case.device) - sums - 16
+    copies = _copies(words, case, room - _STAGES * stage)
     if copies == 0:
         return None
-    shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + buffers
-    tiles, units = -(-case.groups // (8 * per_lane)), -(-case.channels // unit)
-    macros = case.table(case.dtype, copies, per_lane) | {
-        "NT": wide, "WK": _WARPS, "KS": steps, "SCALED": int(case.scales[0]), "ONE": int(tokens == 1),
-        "MIN_BLOCKS": 1,
+    shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + _STAGES * stage + sums
+    macros |= {
+        "COPIES": copies, "NT": wide, "WK": _WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1),
+        "MIN_BLOCKS": _MIN_BLOCKS,
     }  # fmt: skip
     multiply = _function("linear", "table_linear", macros, _LINEAR, case.device, _shared_memory(case.device))
     finish = _function("linear", "finish", macros, _FINISH, case.device, 0)
+    tiles, units = -(-case.groups // (8 * per_lane)), -(-case.channels // unit)
     total = case.blocks * tiles * units
     parts = min(total, _processors(case.device) * min(2, multiply.occupancy(32 * _WARPS, shared)))
     if total * (parts + 1) >= _MOST_UNITS:
         return None
     outputs = 8 * per_lane * group_size
-    return _LinearPlan(
-        multiply, finish, case.groups, tiles, units, parts, parts + case.blocks * tiles, outputs, shared
-    )
+    return _LinearPlan(multiply, finish, tiles, units, parts, parts + case.blocks * tiles, outputs, shared)
 
 
 def decode(
@@ -225,7 +228,9 @@ def _plan_decode(case: _Case) -> _DecodePlan | None:
         return None
     per_lane = 8 if case.group_size <= 4 else 4
     steps = 4 if case.channels >= 2048 else 1
-    copies = _copies(words, case, _shared_memory(case.device) - 16)
+    room = _shared_memory(case.device) - 16
+    # Several blocks of threads on a processor hide latency better than copies avoid collisions.
+    copies = _copies(words, case, min(room, max(_table_bytes(words, case.clusters, 1), room // 4)))
     if copies == 0:
         return None
     shared = _table_bytes(words, case.clusters, copies)
@@ -307,8 +312,8 @@ def _plan_scatter(case: _Case) -> _ScatterPlan | None:
     scaled = any(case.scales)
     entry = 4 * case.group_size
     table = _table_bytes(case.group_size, case.clusters, 1) if scaled else 0
-    shared = case.clusters * entry + table
-    if shared > _shared_memory(case.device) - 256:
+    shared = -(-(_SCRATCH + case.clusters * entry) // 16) * 16 + table
+    if shared > _shared_memory(case.device):
         return None
     threads = 512 if case.groups > 256 else 256
     columns = -(-case.groups // threads)
@@ -354,7 +359,7 @@ def _case(
     out_features: int,
 ) -> _Case:
     blocks, clusters, group_size = codebook.shape
-    aligned = codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0
+    aligned = codes.shape[1] % 16 == 0 and codes.data_ptr() % 16 == 0
     return _Case(
         codes.device.index, dtype, codes.shape[0], out_features, blocks, clusters, group_size, codebook.dtype,
         (scale_in is not None, scale_out is not None), aligned,

@@ -1,24 +1,29 @@
 // y = x Wᵀ for up to 64 tokens: weights are made in registers, in the layout that tensor cores want, and never stored.
 //
-// Macros beside those of table.cuh: NT tiles of 8 tokens, WK warps that share outputs, KS steps of 16 channels of a
-// warp in a unit, SCALED whether inputs have scales, ONE whether there is one token. TABLE is the dtype of x and y.
+// Macros beside those of table.cuh: NT tiles of 8 tokens, WK warps that share outputs, STAGES units that are on their
+// way at once, SCALED whether inputs have scales, ONE whether there is one token. TABLE is the dtype of x and y.
 //
 // A warp multiplies 8 · CPL groups of outputs (G · CPL / 2 tiles of 16) with 16 channels in a step of mma.m16n8k16:
 //
-//        lane = 4 n + q        channels  4q 4q+1 4q+2 4q+3         A fragment of pair p, number j of a group:
-//                      group n·CPL + 2p    c    c    c    c    ──►   row n     (group 2p)    k: 4q 4q+1 | 4q+2 4q+3
+//        lane = 4 n + q        channels  2q 2q+1 2q+8 2q+9         A fragment of pair p, number j of a group:
+//                      group n·CPL + 2p    c    c    c    c    ──►   row n     (group 2p)    k: 2q 2q+1 | 2q+8 2q+9
 //                      group n·CPL + 2p+1  c    c    c    c          row n + 8 (group 2p+1)
 //
-// Rows and channels of a product may stand in any order, so each lane needs its own codes and centroids alone.
+// Rows of a product may stand in any order, so each lane needs its own codes and centroids alone.
 //
 // Units of UNIT channels × TILE groups stand in a line, codebook by codebook, tile by tile. Each block of threads takes
 // an equal, connected part of it; what it has of a tile it writes as a sum of its own, and `finish` adds those up in
 // order. So a shape and a device always give the same bytes, and all processors are busy.
+//
+// Codes and x of a unit come to shared memory some units ahead, in pieces of 16 bytes. A row of codes starts anywhere:
+// its pieces are those that it touches, and ROW_WORDS, an odd multiple of four, spreads the rows over the banks.
 constexpr int PAIRS = CPL / 2;
 constexpr int TILE = 8 * CPL;           // groups
-constexpr int UNIT = WK * KS * 16;      // channels
+constexpr int UNIT = WK * 16;           // channels
 constexpr int THREADS = WK * 32;
-constexpr int ROW = UNIT + 16;          // numbers of a token of x in shared memory; 32 bytes more: no two banks collide
+constexpr int PIECES = ALIGNED ? (CPL * B + 15) / 16 : (CPL * B + 30) / 16;  // of a row of codes, CPL · B bytes
+constexpr int ROW_WORDS = PIECES % 2 ? 4 * PIECES : 4 * PIECES + 4;
+constexpr int ROW = UNIT + 8;           // numbers of a token of x; 16 bytes more than the banks: no two collide
 constexpr int KEPT = CPL * G;           // outputs of a lane's row of 8
 constexpr int LINE = KEPT * 8 + 4;      // numbers of a token in the sums of a warp
 
@@ -31,50 +36,85 @@ __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Where a unit is: channels [channel, limit) of its codebook.
 struct Unit {
-    int virtual_tile, block, group, channel, limit;  // first group; channels [channel, limit) of its codebook
+    int virtual_tile, tile, k, block, from, limit;
 };
+
+__device__ __forceinline__ void set_block(Unit& unit, int block, int blocks, int in_features) {
+    unit.block = block;
+    unit.from = (int)(((long long)block * in_features + blocks - 1) / blocks);
+    unit.limit = (int)(((long long)(block + 1) * in_features + blocks - 1) / blocks);
+}
+__device__ __forceinline__ void advance(Unit& unit, int units, int tiles, int blocks, int in_features) {
+    if (++unit.k < units) return;
+    unit.k = 0, unit.virtual_tile++;
+    if (++unit.tile < tiles) return;
+    unit.tile = 0;
+    set_block(unit, unit.block + 1, blocks, in_features);
+}
+__device__ __forceinline__ void copy_piece(void* target, const void* source, int size) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(target)), "l"(source), "r"(size)
+                 : "memory");
+}
 
 // x [tokens, in], y [slots, tokens, TILE · G] fp32. Grid: parts of the line.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 table_linear(const u16* x, const u8* packed, const void* codebook, const void* scale_in, float* y, int tokens, int in_features,
-             int groups, int width, int clusters, int blocks, int tiles, int units, int codebook_dtype, int scale_dtype) {
+             int width, int clusters, int blocks, int tiles, int units, int codebook_dtype, int scale_dtype) {
     extern __shared__ __align__(16) u32 shared[];
     u32* table = shared;
-    u16* given = (u16*)(shared + (table_words(clusters) + 3) / 4 * 4);  // two buffers of [tokens, ROW]
-    float* sums = (float*)(given + 2 * tokens * ROW);                   // [WK, min(tokens, 8), LINE]
+    u32* stages = shared + (table_words(clusters) + 3) / 4 * 4;
+    const int stage_words = UNIT * ROW_WORDS + tokens * (ROW / 2) + (SCALED ? UNIT : 0);
+    float* sums = (float*)(stages + STAGES * stage_words);  // [WK, min(tokens, 8), LINE]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n = lane >> 2, q = lane & 3, copy = lane % COPIES;
+    const u8* codes_end = packed + (size_t)in_features * width;
+    const int scale_size = scale_dtype == FP32 ? 4 : 2;
+    const bool wide = in_features % 8 == 0 && ((size_t)x & 15) == 0 && ((size_t)scale_in & 15) == 0;
 
     const int total = blocks * tiles * units;  // times the parts it is below 2^31
     const int begin = blockIdx.x * total / gridDim.x, end = (blockIdx.x + 1) * total / gridDim.x;
+    if (begin >= end) return;
+    Unit here;
+    here.virtual_tile = begin / units, here.k = begin % units, here.tile = here.virtual_tile % tiles;
+    set_block(here, here.virtual_tile / tiles, blocks, in_features);
+    Unit ahead = here;
 
-    auto unit_at = [&](int at) {
-        Unit unit;
-        unit.virtual_tile = at / units;
-        unit.block = unit.virtual_tile / tiles;
-        const int from = (int)(((long long)unit.block * in_features + blocks - 1) / blocks);
-        unit.limit = (int)(((long long)(unit.block + 1) * in_features + blocks - 1) / blocks);
-        unit.channel = from + at % units * UNIT;
-        unit.group = unit.virtual_tile % tiles * TILE;
-        return unit;
-    };
-    auto stage = [&](const Unit& unit, int buffer) {  // x of a unit to shared memory; 0 beyond its codebook's channels
-        u16* there = given + buffer * tokens * ROW;
-        const bool wide = in_features % 8 == 0 && unit.channel % 8 == 0 && ((size_t)x & 15) == 0;
-        if (wide)
-            for (int at = threadIdx.x; at < tokens * (UNIT / 8); at += THREADS) {
-                const int token = at / (UNIT / 8), k = at % (UNIT / 8) * 8, channel = unit.channel + k;
-                const int size = max(0, min(8, unit.limit - channel)) * 2;
-                const u16* source = x + (size_t)token * in_features + (size > 0 ? channel : 0);
-                const u32 target = (u32)__cvta_generic_to_shared(there + token * ROW + k);
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(size) : "memory");
+    auto stage = [&](int at) {  // unit `ahead` to its buffer; x is 0 beyond its codebook's channels
+        u32* buffer = stages + (at - begin) % STAGES * stage_words;
+        const int channel = ahead.from + ahead.k * UNIT;
+        const u8* tile = packed + ahead.tile * (CPL * B);
+        #pragma unroll
+        for (int index = threadIdx.x; index < UNIT * PIECES; index += THREADS) {
+            const int r = index / PIECES, piece = index % PIECES;
+            const u8* row = tile + (size_t)min(channel + r, in_features - 1) * width;
+            const u8* source = (const u8*)((size_t)row & ~(size_t)15) + 16 * piece;
+            copy_piece(buffer + r * ROW_WORDS + 4 * piece, source < codes_end ? source : packed, source < codes_end ? 16 : 0);
+        }
+        u16* numbers = (u16*)(buffer + UNIT * ROW_WORDS);
+        u32* scales = buffer + UNIT * ROW_WORDS + tokens * (ROW / 2);
+        if (wide && channel % 8 == 0) {
+            for (int index = threadIdx.x; index < tokens * (UNIT / 8); index += THREADS) {
+                const int token = index / (UNIT / 8), k = index % (UNIT / 8) * 8;
+                const int size = max(0, min(8, ahead.limit - channel - k)) * 2;
+                copy_piece(numbers + token * ROW + k, size > 0 ? x + (size_t)token * in_features + channel + k : x, size);
             }
-        else
-            for (int at = threadIdx.x; at < tokens * UNIT; at += THREADS) {
-                const int token = at / UNIT, k = at % UNIT, channel = unit.channel + k;
-                there[token * ROW + k] = channel < unit.limit ? x[(size_t)token * in_features + channel] : 0;
+            if (SCALED && threadIdx.x < UNIT * scale_size / 16) {
+                const int k = threadIdx.x * (16 / scale_size), size = max(0, min(16, (in_features - channel - k) * scale_size));
+                copy_piece(scales + threadIdx.x * 4, size > 0 ? (const u8*)scale_in + (size_t)(channel + k) * scale_size : scale_in, size);
             }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        } else {
+            for (int index = threadIdx.x; index < tokens * UNIT; index += THREADS) {
+                const int token = index / UNIT, k = index % UNIT;
+                numbers[token * ROW + k] = channel + k < ahead.limit ? x[(size_t)token * in_features + channel + k] : 0;
+            }
+            if (SCALED)
+                for (int k = threadIdx.x; k < UNIT; k += THREADS) {
+                    const int i = min(channel + k, in_features - 1);
+                    if (scale_dtype == FP32) scales[k] = ((const u32*)scale_in)[i];
+                    else ((u16*)scales)[k] = ((const u16*)scale_in)[i];
+                }
+        }
     };
 
     float total_of[PAIRS][G][NT][4];
@@ -89,73 +129,85 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
                     for (int k = 0; k < 4; k++) total_of[p][j][t][k] = 0.f;
     };
     clear();
-    if (begin >= end) return;
-
-    Unit unit = unit_at(begin);
-    Codes next;
-    auto fetch = [&](const Unit& from, int step) {
-        const int first = from.group + n * CPL;
-        load_codes(next, packed, first < groups ? first : 0, from.channel + (step * WK + warp) * 16 + 4 * q, in_features, width);
-    };
-    fetch(unit, 0);
-    stage(unit, 0);
-    int block = -1;
-    for (int at = begin; at < end; at++) {
-        if (unit.block != block) {
-            __syncthreads();  // nobody reads the table before
-            block = unit.block;
-            fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
+    #pragma unroll 1
+    for (int at = begin; at < begin + STAGES - 1; at++) {
+        if (at < end) {
+            stage(at);
+            advance(ahead, units, tiles, blocks, in_features);
         }
-        const int buffer = (at - begin) & 1;
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();
-        const Unit following = unit_at(min(at + 1, end - 1));
-        if (at + 1 < end) stage(following, buffer ^ 1);
-        const u16* here = given + buffer * tokens * ROW;
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    int block = -1;
+    #pragma unroll 1
+    for (int at = begin; at < end; at++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        __syncthreads();  // this unit is there, and all are done with the one before, whose buffer is free
+        if (at + STAGES - 1 < end) {
+            stage(at + STAGES - 1);
+            advance(ahead, units, tiles, blocks, in_features);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (here.block != block) {
+            block = here.block;
+            fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
+            __syncthreads();
+        }
+        const u32* buffer = stages + (at - begin) % STAGES * stage_words;
+        const int k = warp * 16 + 2 * q;
+        Codes now;
         #pragma unroll
-        for (int step = 0; step < KS; step++) {
-            Codes now = next;
-            if (step + 1 < KS) fetch(unit, step + 1);
-            else if (at + 1 < end) fetch(following, 0);
-            const int k = (step * WK + warp) * 16 + 4 * q;
-            uint2 right[NT];
+        for (int r = 0; r < 4; r++) {
+            const int row = k + r % 2 + r / 2 * 8;
+            int bit = n * (CPL * B);
+            if (!ALIGNED) {
+                const u32 i = min(here.from + here.k * UNIT + row, in_features - 1);
+                bit += (((u32)(size_t)packed + i * (u32)width + here.tile * (CPL * B)) & 15) * 8;
+                now.shift[r] = bit & 31;
+            }
+            #pragma unroll
+            for (int w = 0; w < LOADED; w++) now.words[r][w] = buffer[row * ROW_WORDS + (bit >> 5) + w];
+        }
+        const u16* numbers = (const u16*)(buffer + UNIT * ROW_WORDS) + k;
+        uint2 right[NT];
+        #pragma unroll
+        for (int t = 0; t < NT; t++) {
+            const int token = t * 8 + n;
+            const bool there = token < tokens;
+            right[t].x = there ? *(const u32*)(numbers + token * ROW) : 0;
+            right[t].y = there ? *(const u32*)(numbers + token * ROW + 8) : 0;
+        }
+        if (SCALED) {
+            const u32* scales = buffer + UNIT * ROW_WORDS + tokens * (ROW / 2);
+            float scale[4];
+            #pragma unroll
+            for (int r = 0; r < 4; r++) scale[r] = number(scales, k + r % 2 + r / 2 * 8, scale_dtype);
             #pragma unroll
             for (int t = 0; t < NT; t++) {
-                const int token = t * 8 + n;
-                right[t] = token < tokens ? *(const uint2*)(here + token * ROW + k) : make_uint2(0, 0);
-            }
-            if (SCALED) {
-                float scale[4];
-                #pragma unroll
-                for (int r = 0; r < 4; r++) scale[r] = number(scale_in, min(unit.channel + k + r, in_features - 1), scale_dtype);
-                #pragma unroll
-                for (int t = 0; t < NT; t++) {
-                    right[t].x = pack<TABLE>(unpack<TABLE>(right[t].x, 0) * scale[0], unpack<TABLE>(right[t].x, 1) * scale[1]);
-                    right[t].y = pack<TABLE>(unpack<TABLE>(right[t].y, 0) * scale[2], unpack<TABLE>(right[t].y, 1) * scale[3]);
-                }
-            }
-            align_codes(now);
-            #pragma unroll
-            for (int p = 0; p < PAIRS; p++) {
-                u32 v[2][4][WORDS];
-                #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    #pragma unroll
-                    for (int r = 0; r < 4; r++) gather(v[h][r], table, code_of(now, r, 2 * p + h, clusters), copy, clusters);
-                #pragma unroll
-                for (int j = 0; j < G; j++) {
-                    const u32 halves = j % 2 ? 0x7632 : 0x5410;
-                    const u32 a0 = __byte_perm(v[0][0][j / 2], v[0][1][j / 2], halves), a2 = __byte_perm(v[0][2][j / 2], v[0][3][j / 2], halves);
-                    const u32 a1 = __byte_perm(v[1][0][j / 2], v[1][1][j / 2], halves), a3 = __byte_perm(v[1][2][j / 2], v[1][3][j / 2], halves);
-                    #pragma unroll
-                    for (int t = 0; t < NT; t++) multiply(total_of[p][j][t], a0, a1, a2, a3, right[t].x, right[t].y);
-                }
+                right[t].x = pack<TABLE>(unpack<TABLE>(right[t].x, 0) * scale[0], unpack<TABLE>(right[t].x, 1) * scale[1]);
+                right[t].y = pack<TABLE>(unpack<TABLE>(right[t].y, 0) * scale[2], unpack<TABLE>(right[t].y, 1) * scale[3]);
             }
         }
-        if (at + 1 == end || following.virtual_tile != unit.virtual_tile) {
+        align_codes(now);
+        #pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            u32 v[2][4][WORDS];
+            #pragma unroll
+            for (int h = 0; h < 2; h++)
+                #pragma unroll
+                for (int r = 0; r < 4; r++) gather(v[h][r], table, code_of(now, r, 2 * p + h, clusters), copy, clusters);
+            #pragma unroll
+            for (int j = 0; j < G; j++) {
+                const u32 halves = j % 2 ? 0x7632 : 0x5410;
+                const u32 a0 = __byte_perm(v[0][0][j / 2], v[0][1][j / 2], halves), a2 = __byte_perm(v[0][2][j / 2], v[0][3][j / 2], halves);
+                const u32 a1 = __byte_perm(v[1][0][j / 2], v[1][1][j / 2], halves), a3 = __byte_perm(v[1][2][j / 2], v[1][3][j / 2], halves);
+                #pragma unroll
+                for (int t = 0; t < NT; t++) multiply(total_of[p][j][t], a0, a1, a2, a3, right[t].x, right[t].y);
+            }
+        }
+        if (at + 1 == end || here.k + 1 == units) {
             // -- the warps' sums of this tile, added in order; LINE keeps them apart in the banks
             const int kept = ONE ? 1 : min(tokens, 8);
-            float* target = y + (size_t)(blockIdx.x + unit.virtual_tile) * tokens * (KEPT * 8);
+            float* target = y + (size_t)(blockIdx.x + here.virtual_tile) * tokens * (KEPT * 8);
             #pragma unroll
             for (int t = 0; t < NT; t++) {
                 if (t > 0) __syncthreads();
@@ -183,7 +235,7 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
             }
             clear();
         }
-        unit = following;
+        advance(here, units, tiles, blocks, in_features);
     }
 }
 
@@ -201,6 +253,7 @@ finish(const float* sums, const void* scale_out, const void* bias, u16* y, int t
         const int virtual_tile = block * tiles + tile;
         const int first = virtual_tile * units;
         const int last = owner_of(first + units - 1, total, parts);
+        #pragma unroll 4
         for (int part = owner_of(first, total, parts); part <= last; part++)
             value += sums[((size_t)(part + virtual_tile) * tokens + token) * KEPT * 8 + place];
     }

@@ -41,9 +41,9 @@ scatter(const float* gradient, const u8* packed, const void* codebook, const voi
         float* sums_in, float* sums_out, int first_row, int rows, int share, int pieces_of_block, int rows_of_block, int in_features,
         int out_features, int groups, int width, int clusters, int codebook_dtype, int scale_in_dtype, int scale_out_dtype, int blocks) {
     extern __shared__ __align__(16) u32 shared[];
-    int* sums = (int*)shared;                       // [G, clusters]
-    u32* table = shared + G * clusters;             // only if SCALED
-    __shared__ float scratch[32];
+    float* scratch = (float*)shared;      // [32]
+    int* sums = (int*)shared + 32;        // [G, clusters]
+    u32* table = shared + (32 + G * clusters + 3) / 4 * 4;  // only if SCALED
     const int block_of_strip = blockIdx.y / pieces_of_block;
     const int start = block_of_strip * rows_of_block + blockIdx.y % pieces_of_block * share;
     const int stop = min(min(start + share, (block_of_strip + 1) * rows_of_block), rows);

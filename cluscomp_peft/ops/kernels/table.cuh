@@ -1,7 +1,8 @@
 // A table of centroids in shared memory, and packed codes in registers. Shared by linear.cu, decode.cu and scatter.cu.
 //
 // Macros: G group size, B bits of a code, TABLE dtype of the table's numbers, COPIES of it, CLAMP whether a code can
-// exceed the codebook, CPL codes of a lane in a row, ALIGNED whether they start and end at whole words.
+// exceed the codebook, CPL codes of a lane in a row, ALIGNED whether a lane's start and end at whole words and a tile's
+// at multiples of 16 bytes.
 //
 // Random reads of shared memory collide in its 32 banks. Where there is room the table is stored COPIES times, entry
 // e of copy c at e · COPIES + c, and a lane reads copy lane % COPIES: with as many copies as lanes that are served
