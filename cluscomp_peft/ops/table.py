@@ -33,8 +33,8 @@ _WARPS = 8
 _MIN_BLOCKS = 1
 _STAGES = 4  # units of codes that are on their way from memory at once
 _MAX_WORDS = 8  # of an entry of the table
-_COPIES_BYTES = 128 << 10  # that copies of a table may take
-_STRIP_BYTES = 48 << 20  # of G, which L2 should hold
+_COPIES_BYTES = 64 << 10  # that copies of a table may take
+_STRIP_BYTES = 24 << 20  # of G, which L2 should hold
 _ACCUMULATORS = 96  # registers of a thread for sums that leave room for the rest
 _MOST_UNITS = 2**31
 _SCRATCH = 128  # bytes of scatter.cu for sums over warps
@@ -61,7 +61,7 @@ _DECODE = _arguments(
 _SCATTER = _arguments(
     "gradient packed codebook scale_in scale_out partial sums_in sums_out",
     "first_row rows share pieces rows_of_block in_features out_features groups width clusters codebook_dtype "
-    "scale_in_dtype scale_out_dtype blocks",
+    "scale_in_dtype scale_out_dtype blocks add",
 )
 
 
@@ -259,36 +259,38 @@ def codebook_grad(
     plan = _planned(_plan_scatter, case)
     if plan is None:
         return None
-    device, out_features = x.device, case.out_features
-    columns, threads = plan.columns, plan.threads
-    empty = torch.empty(0, device=device)
-    lanes = columns * threads // 32
-    sums_in = torch.empty(case.in_features, lanes, device=device) if scale_in is not None else empty
-    total = torch.zeros(case.blocks, case.clusters, case.group_size, device=device)
-    total_out = torch.zeros(out_features, device=device) if scale_out is not None else empty
+    device, out_features, columns, threads = x.device, case.out_features, plan.columns, plan.threads
+    lanes = columns * threads // 32 if scale_in is not None else 0
+    sums_in = torch.empty(case.in_features, lanes, device=device)
+    total = torch.empty(case.blocks, case.group_size, case.clusters, device=device)
+    total_out = torch.zeros(out_features if scale_out is not None else 0, device=device)
     for strip in plan.strips:
         gradient = _product(x[:, strip.row : strip.row + strip.rows].t(), grad_output)
-        pieces = strip.blocks * strip.pieces
-        partial = torch.empty(
-            strip.blocks, strip.pieces * columns, case.clusters, case.group_size, device=device
-        )
-        sums_out = torch.empty(pieces, out_features, device=device) if scale_out is not None else empty
+        if not strip.add:
+            shape = (strip.blocks, strip.pieces * columns, case.group_size, case.clusters)
+            partial = torch.empty(shape, device=device)
+            sums_out = torch.empty(strip.blocks * strip.pieces, len(total_out), device=device)
         plan.scatter(
-            (columns, pieces), threads, plan.shared,
+            (columns, strip.blocks * strip.pieces), threads, plan.shared,
             gradient.data_ptr(), codes.data_ptr(), codebook.data_ptr(), _pointer(scale_in), _pointer(scale_out),
             partial.data_ptr(), sums_in.data_ptr(), sums_out.data_ptr(),
             strip.row, strip.rows, strip.share, strip.pieces, strip.rows // strip.blocks, case.in_features,
             out_features, case.groups, codes.shape[1], case.clusters, _DTYPES[codebook.dtype], _kind(scale_in),
-            _kind(scale_out), case.blocks,
+            _kind(scale_out), case.blocks, strip.add,
         )  # fmt: skip
-        total[strip.block : strip.block + strip.blocks] += partial.sum(1)
-        if scale_out is not None:
-            total_out += sums_out.sum(0)
-    return total, sums_in.sum(1) if scale_in is not None else empty, total_out
+        if strip.last:
+            torch.sum(partial, 1, out=total[strip.block : strip.block + strip.blocks])
+            if scale_out is not None:
+                total_out += sums_out.sum(0)
+    grad_codebook = total.transpose(1, 2).contiguous()
+    return grad_codebook, sums_in.sum(1) if scale_in is not None else sums_in.view(0), total_out
 
 
 class _Strip(NamedTuple):
-    """Input channels [row, row + rows): whole codebooks from `block` on, or a part of one; each cut into pieces."""
+    """Input channels [row, row + rows): whole codebooks from `block` on, or a part of one; each cut into pieces.
+
+    `add`: sums go to those of the strip before. `last`: of its codebooks.
+    """
 
     row: int
     rows: int
@@ -296,6 +298,8 @@ class _Strip(NamedTuple):
     blocks: int
     pieces: int
     share: int
+    add: bool
+    last: bool
 
 
 class _ScatterPlan(NamedTuple):
@@ -315,14 +319,14 @@ def _plan_scatter(case: _Case) -> _ScatterPlan | None:
     shared = -(-(_SCRATCH + case.clusters * entry) // 16) * 16 + table
     if shared > _shared_memory(case.device):
         return None
-    threads = 512 if case.groups > 256 else 256
+    threads = 1024 if case.groups > 768 else 512 if case.groups > 256 else 256
     columns = -(-case.groups // threads)
     most = max(1, _STRIP_BYTES // (4 * case.out_features))
-    blocks_at_once = min(case.blocks, most // case.channels)
+    together = min(case.blocks, most // case.channels)
     ranges: list[tuple[int, int, int, int]] = []  # row, rows, block, blocks
-    if blocks_at_once > 0:
-        for block in range(0, case.blocks, blocks_at_once):
-            count = min(blocks_at_once, case.blocks - block)
+    if together > 0:
+        for block in range(0, case.blocks, together):
+            count = min(together, case.blocks - block)
             ranges.append((block * case.channels, count * case.channels, block, count))
     else:
         size = -(-case.channels // -(-case.channels // most))
@@ -332,13 +336,15 @@ def _plan_scatter(case: _Case) -> _ScatterPlan | None:
                 ranges.append((block * case.channels + row, min(size, case.channels - row), block, 1))
     macros = case.table(torch.float32, 1, 1) | {"ALIGNED": 0, "THREADS": threads, "SCALED": int(scaled)}
     scatter = _function("scatter", "scatter", macros, _SCATTER, case.device, _shared_memory(case.device))
-    room = _processors(case.device) * min(2, scatter.occupancy(threads, shared))
+    room = _processors(case.device) * min(2048 // threads, scatter.occupancy(threads, shared))
     strips = []
     for row, rows, block, count in ranges:
-        of_block = rows // count
-        pieces = max(1, min(of_block // 16, room // (columns * count)))
-        share = -(-of_block // pieces)
-        strips.append(_Strip(row, rows, block, count, -(-of_block // share), share))
+        first = row % case.channels == 0
+        if first:  # as many pieces in all strips of a codebook, for their sums go to the same places
+            pieces = max(1, min(rows // count // 16, room // (columns * count)))
+        share = -(-(rows // count) // pieces)
+        last = row + rows == (block + count) * case.channels
+        strips.append(_Strip(row, rows, block, count, pieces, share, not first, last))
     return _ScatterPlan(scatter, tuple(strips), columns, threads, shared)
 
 

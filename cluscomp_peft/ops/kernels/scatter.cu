@@ -34,12 +34,13 @@ __device__ float sum_of(float value, float* scratch) {
     return total;
 }
 
-// partial [pieces, column tiles, clusters, G] fp32; sums_in [rows, warps of the grid's x]; sums_out [pieces, out].
+// partial [pieces, column tiles, G, clusters] fp32, written or, if `add`, added to; sums_in [in, warps of the grid's x];
+// sums_out [pieces, out], likewise.
 // Grid: column tiles, pieces. Piece p has rows [p · share, …) of its strip, inside one codebook.
 extern "C" __global__ void __launch_bounds__(THREADS)
 scatter(const float* gradient, const u8* packed, const void* codebook, const void* scale_in, const void* scale_out, float* partial,
         float* sums_in, float* sums_out, int first_row, int rows, int share, int pieces_of_block, int rows_of_block, int in_features,
-        int out_features, int groups, int width, int clusters, int codebook_dtype, int scale_in_dtype, int scale_out_dtype, int blocks) {
+        int out_features, int groups, int width, int clusters, int codebook_dtype, int scale_in_dtype, int scale_out_dtype, int blocks, int add) {
     extern __shared__ __align__(16) u32 shared[];
     float* scratch = (float*)shared;      // [32]
     int* sums = (int*)shared + 32;        // [G, clusters]
@@ -121,10 +122,14 @@ scatter(const float* gradient, const u8* packed, const void* codebook, const voi
     __syncthreads();
     const float back = finite ? bound / 1073741824.f : __int_as_float(0x7fc00000);
     float* target = partial + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * clusters * G;
-    for (int at = threadIdx.x; at < clusters * G; at += THREADS) target[at] = (float)sums[at % G * clusters + at / G] * back;
+    for (int at = threadIdx.x; at < clusters * G; at += THREADS)
+        target[at] = (add ? target[at] : 0.f) + (float)sums[at / clusters * clusters + at % clusters] * back;
     if (SCALED && scale_out) {
         #pragma unroll
         for (int j = 0; j < G; j++)
-            if (inside && output + j < out_features) sums_out[(size_t)blockIdx.y * out_features + output + j] = of_outputs[j];
+            if (inside && output + j < out_features) {
+                float* there = sums_out + (size_t)blockIdx.y * out_features + output + j;
+                *there = (add ? *there : 0.f) + of_outputs[j];
+            }
     }
 }

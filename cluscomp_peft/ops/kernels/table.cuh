@@ -53,56 +53,58 @@ __device__ __forceinline__ float unpack(u32 word, int half) {
 // Bytes: clusters · COPIES · (SPLIT ? 12 : 4 · STRIDE).
 __device__ __forceinline__ int table_words(int clusters) { return clusters * COPIES * (SPLIT ? 3 : STRIDE); }
 
-// Where word w of entry e of the first copy lies.
-__device__ __forceinline__ int word_of(int e, int w, int clusters) {
-    if (SPLIT && w == 2) return clusters * COPIES * 2 + e * COPIES;
-    return e * COPIES * STRIDE + w;
+// Words of entry `e` of copy `copy`, all at once.
+__device__ __forceinline__ void put(u32* table, const u32* words, int e, int copy, int clusters) {
+    const int at = e * COPIES + copy;
+    if (WORDS == 1) {
+        table[at] = words[0];
+    } else if (WORDS == 2 || SPLIT) {
+        ((uint2*)table)[at] = make_uint2(words[0], words[WORDS > 1 ? 1 : 0]);
+        if (SPLIT) table[clusters * COPIES * 2 + at] = words[WORDS - 1];
+    } else if (STRIDE == 6) {
+        #pragma unroll
+        for (int k = 0; k < 3; k++)
+            ((uint2*)table)[at * 3 + k] = make_uint2(words[2 * k < WORDS ? 2 * k : 0], words[2 * k + 1 < WORDS ? 2 * k + 1 : 0]);
+    } else {
+        #pragma unroll
+        for (int k = 0; k < STRIDE / 4; k++)
+            ((uint4*)table)[at * (STRIDE / 4) + k] =
+                make_uint4(words[4 * k < WORDS ? 4 * k : 0], words[4 * k + 1 < WORDS ? 4 * k + 1 : 0],
+                           words[4 * k + 2 < WORDS ? 4 * k + 2 : 0], words[4 * k + 3 < WORDS ? 4 * k + 3 : 0]);
+    }
 }
 
-// The codebook [clusters, G] of `dtype`, from number `base` on, into the table.
-__device__ void fill_table(u32* table, const void* codebook, size_t base, int clusters, int dtype, int thread, int threads) {
-    const int count = clusters * G;
-    constexpr int STEP = SPLIT ? 2 : STRIDE;  // words between copies, but 1 for the third word of three
-    auto write = [&](int index, float value) {
-        const int e = index / G, j = index % G;
-        if (TABLE == FP32) {
-            const int at = word_of(e, j, clusters), step = SPLIT && j == 2 ? 1 : STEP;
-            for (int c = 0; c < COPIES; c++) table[at + c * step] = __float_as_uint(value);
-        } else {
-            const int w = j / 2, at = word_of(e, w, clusters), step = SPLIT && w == 2 ? 1 : STEP;
-            const u16 bits = pack < TABLE == FP32 ? BF16 : TABLE > (value, 0.f) & 0xffff;
-            for (int c = 0; c < COPIES; c++) ((u16*)(table + at + c * step))[j % 2] = bits;
-        }
-    };
-    const size_t start = (size_t)codebook + base * (dtype == FP32 ? 4 : 2);
-    if (TABLE != FP32 && G % 2 == 0 && (start & (dtype == FP32 ? 31 : 15)) == 0) {
-        #pragma unroll 4
-        for (int at = thread; at < count / 8; at += threads) {
-            float values[8];
-            if (dtype == FP32) {
-                const float4 low = ((const float4*)start)[2 * at], high = ((const float4*)start)[2 * at + 1];
-                values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-                values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-            } else {
-                const uint4 raw = ((const uint4*)start)[at];
-                const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-                #pragma unroll
-                for (int k = 0; k < 8; k++)
-                    values[k] = dtype == FP16 ? unpack<FP16>(words[k / 2], k % 2) : unpack<BF16>(words[k / 2], k % 2);
-            }
+// The codebook [clusters, G] of `dtype`, from number `base` on, into the table. A thread takes whole entries, and starts
+// with another copy than its neighbours do, so that their stores do not collide either.
+template <int DTYPE>
+__device__ __forceinline__ void fill_from(u32* table, const void* codebook, size_t base, int clusters, int thread, int threads) {
+    const bool paired = DTYPE != FP32 && G % 2 == 0 && ((size_t)codebook & 3) == 0;
+    #pragma unroll 8
+    for (int e = thread; e < clusters; e += threads) {
+        float values[G + 1];
+        values[G] = 0.f;
+        if (paired) {
             #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int index = at * 8 + 2 * k, w = index % G / 2, there = word_of(index / G, w, clusters);
-                const int step = SPLIT && w == 2 ? 1 : STEP;
-                const u32 both = pack < TABLE == FP32 ? BF16 : TABLE > (values[2 * k], values[2 * k + 1]);
-                for (int c = 0; c < COPIES; c++) table[there + c * step] = both;
+            for (int w = 0; w < G / 2; w++) {
+                const u32 both = __ldg((const u32*)codebook + base / 2 + (size_t)e * (G / 2) + w);
+                values[2 * w] = unpack<DTYPE>(both, 0), values[2 * w + 1] = unpack<DTYPE>(both, 1);
             }
+        } else {
+            #pragma unroll
+            for (int j = 0; j < G; j++) values[j] = number(codebook, base + (size_t)e * G + j, DTYPE);
         }
-        for (int index = count / 8 * 8 + thread; index < count; index += threads) write(index, number((const void*)start, index, dtype));
-    } else {
+        u32 words[WORDS];
+        #pragma unroll
+        for (int w = 0; w < WORDS; w++)
+            words[w] = TABLE == FP32 ? __float_as_uint(values[w]) : pack < TABLE == FP32 ? BF16 : TABLE > (values[TABLE == FP32 ? 0 : 2 * w], values[TABLE == FP32 ? 0 : 2 * w + 1]);
         #pragma unroll 4
-        for (int index = thread; index < count; index += threads) write(index, number((const void*)start, index, dtype));
+        for (int c = 0; c < COPIES; c++) put(table, words, e, (c + e) % COPIES, clusters);
     }
+}
+__device__ __noinline__ void fill_table(u32* table, const void* codebook, size_t base, int clusters, int dtype, int thread, int threads) {
+    if (dtype == FP32) fill_from<FP32>(table, codebook, base, clusters, thread, threads);
+    else if (dtype == FP16) fill_from<FP16>(table, codebook, base, clusters, thread, threads);
+    else fill_from<BF16>(table, codebook, base, clusters, thread, threads);
 }
 
 // The words of entry `code`. `offset`: the lane's copy.
