@@ -30,7 +30,6 @@ __all__ = ["MAX_TOKENS", "codebook_grad", "decode", "linear"]
 MAX_TOKENS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WARPS = 8
-_MIN_BLOCKS = 1
 _STAGES = 4  # units of codes that are on their way from memory at once
 _MAX_WORDS = 8  # of an entry of the table
 _COPIES_BYTES = 64 << 10  # that copies of a table may take
@@ -164,7 +163,7 @@ def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
     macros = case.table(case.dtype, 1, per_lane)
     unit = _WARPS * 16
     pieces = -(-per_lane * case.bits // 16) if macros["ALIGNED"] else (per_lane * case.bits + 30) // 16
-    stage = 4 * (unit * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * (unit + 8) // 2 + unit * scaled)
+    stage = 4 * _WARPS * (16 * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * 12 + 16 * scaled)
     sums = 4 * _WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4)
     room = _shared_memory(case.device) - sums - 16
     copies = _copies(words, case, room - _STAGES * stage)
@@ -172,15 +171,14 @@ def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
         return None
     shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + _STAGES * stage + sums
     macros |= {
-        "COPIES": copies, "NT": wide, "WK": _WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1),
-        "MIN_BLOCKS": _MIN_BLOCKS,
+        "COPIES": copies, "NT": wide, "WK": _WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1)
     }  # fmt: skip
     multiply = _function("linear", "table_linear", macros, _LINEAR, case.device, _shared_memory(case.device))
     finish = _function("linear", "finish", macros, _FINISH, case.device, 0)
     tiles, units = -(-case.groups // (8 * per_lane)), -(-case.channels // unit)
     total = case.blocks * tiles * units
     parts = min(total, _processors(case.device) * min(2, multiply.occupancy(32 * _WARPS, shared)))
-    if total * (parts + 1) >= _MOST_UNITS:
+    if max(total * (parts + 1), case.in_features * case.groups * case.bits // 8) >= _MOST_UNITS - (1 << 20):
         return None
     outputs = 8 * per_lane * group_size
     return _LinearPlan(multiply, finish, tiles, units, parts, parts + case.blocks * tiles, outputs, shared)
