@@ -91,11 +91,12 @@ def test_generation(suite, load, monkeypatch):
     assert not failed and [row["name"] for row in results["rows"]] == [
         "dense bf16",
         "ClusComp 4 bits",
+        "ClusComp 4 bits + adapter",
         "dense bf16 generate",
         "ClusComp 4 bits generate",
     ]
-    assert all(row["eager 1"] > 0 and row["eager 16"] > 0 for row in results["rows"][:2])
-    assert results["relative_to_dense"]["cluscomp-4"]["eager 1"] > 0
+    assert all(row["eager 1"] > 0 and row["eager 16"] > 0 for row in results["rows"][:3])
+    assert all(results["relative_to_dense"][name]["eager 1"] > 0 for name in ("cluscomp-4", "cluscomp-4 + adapter"))
 
 
 def test_the_step_that_is_captured_writes_what_generate_writes(load):
