@@ -15,6 +15,8 @@ import time
 import pytest
 import torch
 
+from cluscomp_peft import ClusteredLinear
+
 from .conftest import RECIPES, tiny_llama
 
 GPU = RECIPES / "benchmarks" / "gpu"
@@ -208,13 +210,13 @@ def test_the_steps_of_the_smoke_test(load, monkeypatch, tmp_path):
 
 def test_the_smoke_test_sees_a_merge_that_is_not_exact(load, monkeypatch, tmp_path):
     steps, report = load("smoke_steps"), load("report")
-    merge = steps.ClusteredLinear.merge
+    merge = ClusteredLinear.merge
 
     def inexact(self, deltas):
         merge(self, deltas)
         self.codebook.data[0, 0] += 0.1
 
-    monkeypatch.setattr(steps.ClusteredLinear, "merge", inexact)
+    monkeypatch.setattr(ClusteredLinear, "merge", inexact)
     record = report.Report(tmp_path, "smoke")
     steps.run("cpu", str(tmp_path), record, ["merge", "load"])
     assert record.failed == ["merge"]
