@@ -15,6 +15,8 @@ import time
 import pytest
 import torch
 
+from cluscomp_peft import ClusteredLinear
+
 from .conftest import RECIPES, tiny_llama
 
 GPU = RECIPES / "benchmarks" / "gpu"
@@ -91,11 +93,12 @@ def test_generation(suite, load, monkeypatch):
     assert not failed and [row["name"] for row in results["rows"]] == [
         "dense bf16",
         "ClusComp 4 bits",
+        "ClusComp 4 bits + adapter",
         "dense bf16 generate",
         "ClusComp 4 bits generate",
     ]
-    assert all(row["eager 1"] > 0 and row["eager 16"] > 0 for row in results["rows"][:2])
-    assert results["relative_to_dense"]["cluscomp-4"]["eager 1"] > 0
+    assert all(row["eager 1"] > 0 and row["eager 16"] > 0 for row in results["rows"][:3])
+    assert all(results["relative_to_dense"][name]["eager 1"] > 0 for name in ("cluscomp-4", "cluscomp-4 + adapter"))
 
 
 def test_the_step_that_is_captured_writes_what_generate_writes(load):
@@ -207,13 +210,13 @@ def test_the_steps_of_the_smoke_test(load, monkeypatch, tmp_path):
 
 def test_the_smoke_test_sees_a_merge_that_is_not_exact(load, monkeypatch, tmp_path):
     steps, report = load("smoke_steps"), load("report")
-    merge = steps.ClusteredLinear.merge
+    merge = ClusteredLinear.merge
 
     def inexact(self, deltas):
         merge(self, deltas)
         self.codebook.data[0, 0] += 0.1
 
-    monkeypatch.setattr(steps.ClusteredLinear, "merge", inexact)
+    monkeypatch.setattr(ClusteredLinear, "merge", inexact)
     record = report.Report(tmp_path, "smoke")
     steps.run("cpu", str(tmp_path), record, ["merge", "load"])
     assert record.failed == ["merge"]

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from random_models import SHAPES, available, bits_of, build, name_of, random_tokens
+from random_models import SHAPES, available, bits_of, build, name_of, prepare, random_tokens
 from report import Report
 from timing import capture, forget_peak, is_cuda, peaks, seconds, synchronize
 from transformers import DynamicCache, StaticCache
@@ -24,6 +24,7 @@ from transformers import DynamicCache, StaticCache
 METHODS = ["dense", "cluscomp-4", "cluscomp-3", "cluscomp-2", "nf4"]
 BATCHES = (1, 16)
 PROMPT, NEW_TOKENS, LONG_PROMPT = 128, 64, 2048
+ADAPTED = "cluscomp-4"  # also with an adapter that is not merged
 COMPILED = ("dense", "cluscomp-4")  # compiling takes a minute each
 
 
@@ -33,6 +34,9 @@ def generation(report: Report, options: argparse.Namespace) -> None:
     for method in methods:
         report.run(name_of(method), lambda method=method: measure(method, options), _line)
         forget_peak(options.device)
+    if ADAPTED in methods:
+        report.run(f"{name_of(ADAPTED)} + adapter", lambda: measure(ADAPTED, options, adapter=True), _line)
+        forget_peak(options.device)
     for method in [method for method in methods if method in COMPILED]:
         report.run(f"{name_of(method)} generate", lambda method=method: compiled(method, options), _line)
         forget_peak(options.device)
@@ -40,12 +44,14 @@ def generation(report: Report, options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def measure(method: str, options: argparse.Namespace) -> dict:
+def measure(method: str, options: argparse.Namespace, adapter: bool = False) -> dict:
     """Tokens a second at every batch size, call by call and from a graph."""
     device, shape = options.device, SHAPES["Llama-3-8B"].scaled(options.scale)
     forget_peak(device)
-    model = build(shape, method, device)
-    row: dict[str, Any] = {"method": method, "bits": bits_of(method)}
+    model: Any = build(shape, method, device)
+    if adapter:
+        model = prepare(model, method, checkpointing=False)[0].eval()
+    row: dict[str, Any] = {"method": f"{method} + adapter" if adapter else method, "bits": bits_of(method)}
     prompt = random_tokens(shape, 1, max(16, round(LONG_PROMPT * options.scale)), device)
     row["prefill, s"] = seconds(lambda: model(input_ids=prompt, use_cache=False, logits_to_keep=1), device, 3)
     for batch in BATCHES:
