@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:
-        print(f"cluscomp {options.command}: {error}", file=sys.stderr)
+        notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
+        print(f"cluscomp {options.command}:", *(str(error), *notes), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"cluscomp {options.command}: interrupted; the same command goes on from there.", file=sys.stderr)
@@ -209,13 +210,15 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .compress.calibration import read_documents, token_windows
+    from .hf.architecture import refuse_evaluation
     from .hf.checkpoint import check_folder
     from .hf.evaluate import evaluate
 
     check_folder(options.path)
+    refuse_evaluation(AutoConfig.from_pretrained(options.path), options.path)
     tokenizer = AutoTokenizer.from_pretrained(options.path)
     documents = read_documents(options.data, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)

@@ -83,6 +83,7 @@ def compress_shards(
         bar.update(total - sum(unit.weights for unit in left))
 
         def finished(unit: Unit, report: dict[str, Any]) -> None:
+            source.refuse_changes()
             journal.commit(done={**journal.content.get("done", {}), unit.shard: report})
             trim_memory()
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 __all__ = ["DenseCheckpoint", "renaming_of"]
 
-_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ONE_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,8 +55,11 @@ class DenseCheckpoint:
                 for key, (begin, dtype, shape) in _header(path).items():
                     self._files[key], self._begins[key] = path, begin
                     self.dtypes[key], self.shapes[key] = dtype, shape
-            except (SafetensorError, OSError, KeyError) as error:
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            except (SafetensorError, KeyError) as error:
                 raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
+        self._begun = self.state()
         self._renamed = {} if rename is None else {rename(key): key for key in self._files}
 
     def _paths(self) -> list[str]:
@@ -72,6 +75,7 @@ class DenseCheckpoint:
                 raise ValueError(f"{index} is damaged ({error!r}); download the model again.") from error
         else:
             names = sorted(name for name in os.listdir(self.folder) if name.endswith(".safetensors"))
+        # A pipe or socket under such a name would never end.
         missing = [name for name in names if not os.path.isfile(os.path.join(self.folder, name))]
         if missing:
             raise ValueError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download it again.")
@@ -107,14 +111,28 @@ class DenseCheckpoint:
                 file.seek(self._begins[key])
                 if file.readinto(data) != len(data):
                     raise EOFError(f"{key} ends early")
-        except (OSError, EOFError) as error:
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except EOFError as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def state(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every file: another state is another model."""
-        paths = sorted(set(self._files.values()))
-        return [(os.path.basename(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+        paths = [*sorted(set(self._files.values())), os.path.join(self.folder, _CONFIG)]
+        found = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
+        return [(os.path.basename(path), status.st_size, status.st_mtime_ns) for path, status in found]
+
+    def refuse_changes(self) -> None:
+        """Raises a ValueError if a file is no longer the one that was opened: what is read of it now would be mixed
+        with what was read before."""
+        now = self.state()
+        if now != self._begun:
+            changed = sorted({name for name, *_ in {*now}.symmetric_difference(self._begun)})
+            raise ValueError(
+                f"{self.folder} was changed while it was compressed ({', '.join(changed)}), so the result would be a "
+                "mixture of two models; start anew with --overwrite."
+            )
 
 
 def renaming_of(model: Any) -> Callable[[str], str]:
@@ -131,6 +149,12 @@ def renaming_of(model: Any) -> Callable[[str], str]:
         return key
 
     return rename
+
+
+def _unreadable(path: str, error: OSError) -> OSError:
+    """A disk that fails says nothing of what is on it."""
+    text = f"{path} cannot be read ({error.strerror or error}); run the same command again."
+    return OSError(text) if error.errno is None else OSError(error.errno, text)
 
 
 def _header(path: str) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:

@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..layout import expand
+from .architecture import empty_model
 from .config import ClusCompQuantizationConfig
 
 __all__ = [
@@ -62,8 +62,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         raise ValueError(f"{path} is no ClusComp checkpoint: its config.json has no cluscomp quantization_config.")
     shapes = _tensor_shapes(folder)
     del config.quantization_config  # the plain model has the names and shapes
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config, path)
     layers = dict(model.named_modules())
     report = read_report(folder)
     errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
