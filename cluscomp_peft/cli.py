@@ -171,6 +171,7 @@ def _compress(options: argparse.Namespace) -> None:
     if summary["losses"]:
         dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
         print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
+    print(summary["coverage"])
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -207,6 +208,7 @@ def _inspect(options: argparse.Namespace) -> None:
         f"weight files {totals['total_bytes'] / 1e6:.2f} MB, of which {totals['dense_bytes'] / 1e6:.2f} MB are "
         "embeddings, norms and other tensors left dense"
     )
+    print(totals["coverage"])
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from ..linear import ClusteredLinear
 from .block import BlockSettings
 from .cluster import cluster_codes
 from .journal import save_tensors
-from .source import DenseCheckpoint
+from .source import PARTS, DenseCheckpoint
 from .units import Matrix, Unit, read_matrix
 
 __all__ = ["TOGETHER", "Job", "compress_unit", "keep_memory_small", "trim_memory", "write_shard"]
@@ -176,7 +176,7 @@ def _tensors(unit: Unit, layers: dict[str, ClusteredLinear], job: Job) -> dict[s
             tensors[key] = job.source.read(key, job.dtype)
             continue
         base = key.removesuffix(".weight")
-        for part in ("codes", "codebook", "scale_in", "scale_out"):
+        for part in PARTS:
             value = getattr(layer, part)
             if value is not None:
                 tensors[f"{base}.{part}"] = value.detach().cpu().contiguous()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["DenseCheckpoint", "renaming_of"]
+__all__ = ["PARTS", "DenseCheckpoint", "renaming_of"]
 
 _ONE_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PARTS = ("codes", "codebook", "scale_in", "scale_out")  # what takes the place of a weight that is clustered
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,6 +62,7 @@ class DenseCheckpoint:
                 raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
         self._begun = self.state()
         self._renamed = {} if rename is None else {rename(key): key for key in self._files}
+        self._renamed_parts = {} if rename is None else self._parts_renamed(rename)
 
     def _paths(self) -> list[str]:
         # In transformers' order: hubs hold the weights of some models a second time, under other names.
@@ -93,9 +95,21 @@ class DenseCheckpoint:
         return None
 
     def find(self, name: str) -> str | None:
-        """As [`key`], also where loading renames it: for what is only read. What is written keeps the names of the
-        checkpoint, and whether a new name suits codes as it suits a weight is not known."""
+        """As [`key`], also where loading renames it."""
         return self.key(name) or self._renamed.get(name)
+
+    def weight_key(self, layer: str) -> str | None:
+        """The key of a layer's weight, if codes that are stored in its place under that name are found again."""
+        return self.key(f"{layer}.weight") or self._renamed_parts.get(layer)
+
+    def _parts_renamed(self, rename: Callable[[str], str]) -> dict[str, str]:
+        """Layer → key of its weight, where a renaming takes what a clustered layer stores to the same layer."""
+        found = {}
+        for name, key in self._renamed.items():
+            layer, stored = name.removesuffix(".weight"), key.removesuffix(".weight")
+            if layer != name and stored != key and all(rename(f"{stored}.{p}") == f"{layer}.{p}" for p in PARTS):
+                found[layer] = key
+        return found
 
     def num_bytes(self, key: str) -> int:
         """Bytes of a tensor as it is stored."""

@@ -54,6 +54,12 @@ def model_class(config: Any, source: str) -> type[PreTrainedModel]:
             f"config.json of {source} names the class {names[0]!r}, which transformers {transformers.__version__} "
             "does not have; models with code of their own cannot be compressed."
         )
+    kind: type = found.config_class  # type: ignore[attr-defined]
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"config.json of {source} is of a {config.model_type} model, but names the class {found.__name__}, which "
+            f"is made from a {kind.__name__}; it was changed, or belongs to other weights."
+        )
     return found
 
 

@@ -39,9 +39,9 @@ from .architecture import (
     write_generation_config,
 )
 from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
+from .choice import chosen_layers, coverage_of
 from .config import ClusCompQuantizationConfig
 from .model_card import model_card
-from .quantizer import chosen_layers
 from .report_page import render_report
 from .specs import specs_of_run
 from .target import ONE_NAME, check_target, join_shards, move, restore_aside, work_folder, write_text
@@ -183,6 +183,7 @@ def compress_checkpoint(
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
+            "coverage": coverage_of(model, config, layers),
         }
         model_config.dtype = kept
         _finish(work, name, folder, model, model_config, config, specs, result, summary)

@@ -18,8 +18,8 @@ from ..compress.pipeline import Calibration
 from ..compress.sensitivity import measure_sensitivity
 from ..compress.source import DenseCheckpoint
 from ..linear import weight_of
+from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
-from .quantizer import choose_specs
 from .report_page import render_report
 
 __all__ = ["specs_of_run"]
@@ -76,7 +76,7 @@ def specs_of_run(
 
 def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
     """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
-    clustered = {dense.key(f"{name}.weight") for name in layers}
+    clustered = {dense.weight_key(name) for name in layers}
     total = 0
     for key, shape in dense.shapes.items():
         itemsize = dtype.itemsize if dense.dtypes[key].is_floating_point else dense.dtypes[key].itemsize
