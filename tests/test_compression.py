@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -32,6 +33,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     Qwen3Config,
+    RwkvConfig,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
@@ -99,6 +101,25 @@ OTHERS = {  # blocks that return tuples, more of them than a batch has dimension
         num_attention_heads=4,
         max_position_embeddings=64,
         word_embed_proj_dim=24,
+    ),
+    # Blocks that return their output with attention weights, or with a state and attention weights.
+    "bamba": BambaConfig(
+        **COMMON,
+        **{**NARROW, "num_hidden_layers": 3},
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        attn_layer_indices=[1],
+        mamba_chunk_size=8,
+    ),
+    "rwkv": RwkvConfig(
+        **COMMON,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        attention_hidden_size=32,
+        context_length=64,
     ),
     "one block": LlamaConfig(**COMMON, **{**NARROW, "num_hidden_layers": 1}),
 }
