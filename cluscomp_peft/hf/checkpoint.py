@@ -7,12 +7,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from ..compress.source import renaming_of
 from ..layout import expand
+from .architecture import empty_model
+from .choice import coverage_of
 from .config import ClusCompQuantizationConfig
 
 __all__ = [
@@ -47,7 +49,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
 
     Returns:
         A [`MatrixReport`] for each clustered matrix, and totals: weights, true_bits, clustered_bytes, dense_bytes,
-        total_bytes, relative_error.
+        total_bytes, relative_error, coverage.
 
     Raises:
         ValueError: If it is no ClusComp checkpoint, or a file is damaged.
@@ -62,8 +64,9 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         raise ValueError(f"{path} is no ClusComp checkpoint: its config.json has no cluscomp quantization_config.")
     shapes = _tensor_shapes(folder)
     del config.quantization_config  # the plain model has the names and shapes
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config, path)
+    rename = renaming_of(model)  # checkpoints keep the names that a class had when they were made
+    shapes = {rename(key): shape for key, shape in shapes.items()}
     layers = dict(model.named_modules())
     report = read_report(folder)
     errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
@@ -92,6 +95,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
         "relative_error": report["summary"].get("relative_error"),
+        "coverage": coverage_of(model, quantization, [matrix.name for matrix in matrices]),
     }
     return matrices, totals
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..codes import ClusterSpec
+from ..compress.coverage import coverage_line
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, sum_deltas
@@ -78,6 +81,9 @@ class ClusCompModel(BaseTuner):
             raise
         finally:
             self._made, self._replaced = {}, []
+        if not self.peft_config[adapter_name].expects_weights and os.environ.get("LOCAL_RANK", "0") == "0":
+            names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
+            print(coverage_line(model, names, done="adapted", rest="not adapted"), file=sys.stderr)
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
