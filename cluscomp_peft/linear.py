@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .codes import ClusterSpec, fingerprint, value_fingerprint
-from .offloading import offload_hook, store, stored, taken_away_on_error
+from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
 from .placement import is_whole, shape_of
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "count_parameters",
     "dense_bits",
     "is_dense_linear",
+    "refine",
     "sum_deltas",
     "weight_of",
     "weight_shape",
@@ -160,16 +161,15 @@ class ClusteredLinear(nn.Module):
         """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
         codebook, scale_in, scale_out = self._values()
         assert codebook is not None
-        return apply_deltas(codebook, scale_in, scale_out, deltas)
+        return apply_deltas(codebook, scale_in, scale_out, deltas, self.in_features)
 
     def merge(self, deltas: Sequence[Delta]) -> None:
-        """Writes `deltas` into codebook and scales, exactly."""
+        """Writes `deltas` into codebook and scales, exactly; an error leaves the layer as it was."""
         dtype = self.codebook.dtype
         with torch.no_grad():
             values = self.effective(deltas)
-        for name, value in zip(("codebook", "scale_in", "scale_out"), values, strict=True):
-            if value is not None:
-                self.set_parameter(name, value.to(dtype))
+        pairs = zip(("codebook", "scale_in", "scale_out"), values, strict=True)
+        store_all(self, {name: value.to(dtype) for name, value in pairs if value is not None})
 
     def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
@@ -230,10 +230,14 @@ class ClusteredLinear(nn.Module):
         return weight.t() if self.conv1d else weight
 
 
-def sum_deltas(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
-    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple."""
+def sum_deltas(
+    deltas: Sequence[Delta], weights: Sequence[float] | None = None, in_features: int | None = None
+) -> Delta:
+    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple, or
+    where that is more at one for each of the `in_features` channels.
+    """
     weights = [1.0] * len(deltas) if weights is None else weights
-    blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
+    blocks = _common_blocks([delta.codebook.shape[0] for delta in deltas], in_features)
 
     def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
         terms = [
@@ -243,7 +247,7 @@ def sum_deltas(deltas: Sequence[Delta], weights: Sequence[float] | None = None) 
         ]
         return sum(terms[1:], start=terms[0]) if terms else None
 
-    codebook = total([_refine(delta.codebook, blocks) for delta in deltas])
+    codebook = total([refine(delta.codebook, blocks) for delta in deltas])
     assert codebook is not None
     return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
 
@@ -253,8 +257,9 @@ def apply_deltas(
     scale_in: torch.Tensor | None,
     scale_out: torch.Tensor | None,
     deltas: Sequence[Delta],
+    in_features: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums `deltas` onto codebook [m, n, g] and scales.
+    """Sums `deltas` onto codebook [m, n, g] and scales of a layer with `in_features` input channels.
 
     Results are fp32 (fp64) but hold values of the codebook's dtype. The gradient with respect to the deltas ignores
     that rounding.
@@ -262,9 +267,9 @@ def apply_deltas(
     if not deltas:
         return codebook, scale_in, scale_out
     dtype = codebook.dtype
-    total = sum_deltas(deltas)
-    blocks = math.lcm(codebook.shape[0], total.codebook.shape[0])
-    values = _refine(codebook.to(total.codebook.dtype), blocks) + _refine(total.codebook, blocks)
+    total = sum_deltas(deltas, in_features=in_features)
+    blocks = _common_blocks([codebook.shape[0], total.codebook.shape[0]], in_features)
+    values = refine(codebook.to(total.codebook.dtype), blocks) + refine(total.codebook, blocks)
 
     def rescale(scale: torch.Tensor | None, change: torch.Tensor | None) -> torch.Tensor | None:
         if change is None:
@@ -362,8 +367,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) =
-    floor(i·m/in).
+def _common_blocks(counts: list[int], in_features: int | None) -> int:
+    """In how many blocks codebooks of these numbers of blocks can be added up."""
+    blocks = math.lcm(*counts)
+    return blocks if in_features is None or len(set(counts)) == 1 else min(blocks, in_features)
+
+
+def refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[m, n, g] to [blocks, n, g], for a multiple of m or one block for each input channel.
+
+    Blocks of input channels nest, because floor(floor(i·km/in) / k) = floor(i·m/in).
     """
-    return codebook if codebook.shape[0] == blocks else codebook.repeat_interleave(blocks // codebook.shape[0], 0)
+    present = codebook.shape[0]
+    if blocks % present:
+        return codebook[torch.arange(blocks, device=codebook.device) * present // blocks]
+    return codebook if blocks == present else codebook.repeat_interleave(blocks // present, 0)

@@ -145,6 +145,8 @@ class ClusCompConfig(PeftConfig):
         # Layers are then built empty, without K-means.
         self._expects_weights = self.fingerprint is not None
         self._source: str | None = None
+        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
+        self._caps_blocks = self._expects_weights
         self._facts: dict[str, Any] = {}
 
     @classmethod
@@ -171,7 +173,7 @@ class ClusCompConfig(PeftConfig):
         multiple of theirs.
         """
         if self.num_blocks is not None:
-            return self.num_blocks
+            return min(self.num_blocks, in_features) if self._caps_blocks else self.num_blocks
         # Scales, one for each channel, are as many numbers as one rank.
         rank = self.rank - (self.train_scales is not False)
         most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))

@@ -18,20 +18,18 @@ whoever sets the tensors; PEFT's loading hook, or the first `train()`, brings it
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from accelerate import PartialState
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..codes import ClusterSpec
-from ..linear import Delta
-from ..offloading import offload_hook, store, stored
-from ..placement import is_sharded
+from ..linear import Delta, refine
+from ..offloading import offload_hook, stored
 from .config import ClusCompConfig
+from .merging import MergingLayer
 
-__all__ = ["ClusCompLayer", "digest_bytes", "refuse_non_finite", "root_mean_square"]
+__all__ = ["ClusCompLayer", "digest_bytes", "root_mean_square"]
 
 # One unit of a scale's delta is this share of the unit of a centroid's, both relative to their size.
 _SCALE_SHARE = 0.25
@@ -61,7 +59,7 @@ class DeltaWeights(nn.Module):
         return self.codebook.float().view(self._shape) * unit, *scales
 
 
-class ClusCompLayer(BaseTunerLayer):
+class ClusCompLayer(MergingLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
@@ -81,8 +79,6 @@ class ClusCompLayer(BaseTunerLayer):
         self._units: dict[str, tuple[float, float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # What merging replaced, kept so that unmerging restores it bit for bit.
-        self._unmerged: dict[str, torch.Tensor | None] | None = None
         # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
         self._pending: set[str] = set()
         self._absolute: set[str] = set()
@@ -190,8 +186,10 @@ class ClusCompLayer(BaseTunerLayer):
             for key, value in total._asdict().items():
                 parameter = getattr(delta, key)
                 if parameter is not None:
-                    value = torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape)
-                    parameter.copy_(value / self.unit_of(adapter_name, key))
+                    value = torch.zeros_like(parameter) if value is None else value
+                    if key == "codebook":
+                        value = refine(value, parameter.shape[0] // value.shape[1])
+                    parameter.copy_(value.reshape(parameter.shape) / self.unit_of(adapter_name, key))
 
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
@@ -291,65 +289,6 @@ class ClusCompLayer(BaseTunerLayer):
                 "the same settings, use dataclasses.replace(config, fingerprint=None)."
             )
 
-    # -- merging
-
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Writes the adapters into the base."""
-        raise NotImplementedError
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters (by default the active ones) into the base layer.
-
-        Args:
-            safe_merge (`bool`): Check the result for NaN and infinities first and leave the base alone if there are.
-            adapter_names (`list[str]`, *optional*): Which adapters.
-
-        Raises:
-            RuntimeError: If the base is spread over processes.
-            ValueError: If `safe_merge` finds NaN or infinite values.
-        """
-        if any(is_sharded(value) for value in self.base_layer.parameters()):
-            raise RuntimeError(
-                "the model is spread over processes (FSDP2 or ZeRO-3) and cannot be merged there; save the adapter, "
-                "load it on the base in one process, and merge that."
-            )
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
-        if not names:
-            return
-        self.settle(names)
-        # From the unmerged base, so that merging one adapter after another rounds once, as running both does.
-        already = list(self.merged_adapters)
-        self.unmerge(warn=False)
-        try:
-            self._merge(already + names, safe_merge)
-        except ValueError:
-            if already:
-                self._merge(already, safe_merge=False)
-                self.merged_adapters = already
-            raise
-        self.merged_adapters = already + names
-
-    def _keep(self, parameters: tuple[str, ...]) -> None:
-        self._unmerged = {name: stored(self.base_layer, name) for name in parameters}
-
-    def unmerge(self, warn: bool = True) -> None:
-        """Restores the base layer as it was before merging, bit for bit."""
-        if not self.merged:
-            if warn:
-                warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged is not None
-        for name, value in self._unmerged.items():
-            store(self.base_layer, name, value)
-        self._unmerged = None
-        self.merged_adapters = []
-
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """A parameter of the base layer, as it is without merged adapters."""
-        if self._unmerged is not None and name in self._unmerged:
-            return self._unmerged[name]
-        return stored(self.base_layer, name)
-
     # -- forward
 
     def _runs_as_base(self) -> bool:
@@ -381,12 +320,3 @@ def _power_of_two(value: float) -> float:
 
 def _has_meta(module: nn.Module) -> bool:
     return any(parameter.device.type == "meta" for parameter in module.parameters())
-
-
-def refuse_non_finite(values: tuple[torch.Tensor | None, ...], adapter_names: list[str]) -> None:
-    """Raises a ValueError if what merging would store has NaN or infinite values."""
-    if not all(bool(torch.isfinite(value).all()) for value in values if value is not None):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken; nothing "
-            "was merged."
-        )
