@@ -360,6 +360,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if isinstance(module, ClusteredLinear):
             total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
             inside.update(id(parameter) for parameter in module.parameters())
+        elif getattr(module, "weighs_nothing", False):
+            inside.update(id(parameter) for parameter in module.parameters())
     for parameter in model.parameters():
         trainable += parameter.numel() * parameter.requires_grad
         # The codes of a dense base are bytes too, and no parameters.

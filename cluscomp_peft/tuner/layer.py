@@ -10,22 +10,27 @@ What an adapter of a layer trains is a small module under its name, `cluscomp_de
 m codebooks of n centroids lie end to end, so that FSDP2, which deals out rows, gives every process as many.
 
 The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
-them is exact. They belong to the process, not to the adapter: files hold absolute deltas, which mean the same on
-whatever base they meet later. An adapter whose weights are still to come has units of 1, so that file and layer agree
-whoever sets the tensors; PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
+them is exact. They are numbers of the model like the deltas, `cluscomp_units.NAME.values` [2], which mean nothing
+without them: whoever copies a state dict copies both. Files hold absolute deltas and units of 1. So has an adapter
+whose weights are still to come, so that file and layer agree whoever sets the tensors (older files have no units);
+PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
 from ..linear import Delta, refine
 from ..offloading import offload_hook, stored
+from ..placement import is_whole
 from .config import ClusCompConfig
 from .merging import MergingLayer
 
@@ -50,7 +55,7 @@ class DeltaWeights(nn.Module):
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
-    def forward(self, unit: float, scale_unit: float) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, unit: torch.Tensor, scale_unit: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Codebook [m, n, g] and scales in absolute units, fp32.
 
         A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
@@ -59,11 +64,28 @@ class DeltaWeights(nn.Module):
         return self.codebook.float().view(self._shape) * unit, *scales
 
 
+class DeltaUnits(nn.Module):
+    """What one unit of an adapter's numbers in one layer stands for: `values` [2], of its codebook and of its scales.
+
+    Frozen, fp32, powers of two, which any floating dtype holds. A module of its own beside [`DeltaWeights`], whose
+    parameters PEFT trains; called, as that is, because offloading and ZeRO-3 fetch parameters by hooks.
+    """
+
+    weighs_nothing = True  # it stands for no weights: `count_parameters` passes over it
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.values = _frozen(torch.ones(2, dtype=torch.float32, device=device))
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        return self.values.unbind()
+
+
 class ClusCompLayer(MergingLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ("code_digest",)
+    other_param_names = ("code_digest", "cluscomp_units")
 
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
@@ -75,8 +97,10 @@ class ClusCompLayer(MergingLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.cluscomp_delta = nn.ModuleDict({})
+        self.cluscomp_units = nn.ModuleDict({})
         self._delta_scales: dict[str, float] = {}
-        self._units: dict[str, tuple[float, float]] = {}
+        # As last read where they were whole, for when ZeRO-3 has partitioned them.
+        self._units_seen: dict[str, tuple[float, float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
@@ -133,17 +157,20 @@ class ClusCompLayer(MergingLayer):
         spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
         self._delta_scales[adapter_name] = config.delta_scale
-        rms = self.set_units(adapter_name)
+        self.cluscomp_units[adapter_name] = DeltaUnits(self._home)
+        self._units_seen[adapter_name] = (1.0, 1.0)
         if config.expects_weights:
             for parameter in delta.parameters():
                 parameter.data.fill_(math.nan)
-            self._units[adapter_name] = (1.0, 1.0)
             self._pending.add(adapter_name)
             self._absolute.add(adapter_name)
-        elif not config.init_weights:
-            for key, parameter in delta.named_parameters():
+        else:
+            rms = self.base_rms()
+            units = self.training_units(adapter_name, rms)
+            self._set_units(adapter_name, units)
+            for key, parameter in delta.named_parameters() if not config.init_weights else ():
                 size = rms if key == "codebook" else 1.0
-                nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
+                nn.init.normal_(parameter, std=_RANDOM_STD * size / units[key != "codebook"])
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
         self.code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
@@ -157,18 +184,34 @@ class ClusCompLayer(MergingLayer):
         self._pending.discard(adapter_name)
         self._absolute.discard(adapter_name)
         self._delta_scales.pop(adapter_name, None)
-        self._units.pop(adapter_name, None)
+        self._units_seen.pop(adapter_name, None)
 
-    def unit_of(self, adapter_name: str, key: str) -> float:
-        """What one unit of an adapter's tensor ("codebook", "scale_in", "scale_out") stands for."""
-        return self._units[adapter_name][0 if key == "codebook" else 1]
+    def units_of(self, adapter_name: str, values: torch.Tensor | None = None) -> tuple[float, float]:
+        """What one unit of an adapter's codebook stands for, and of its scales; under FSDP2 all processes call this.
 
-    def set_units(self, adapter_name: str, values: torch.Tensor | None = None) -> float:
-        """Fixes an adapter's units by the RMS of `values`, by default of what the base holds; returns that RMS."""
-        rms = self.base_rms() if values is None else root_mean_square(values)
+        Args:
+            adapter_name (`str`): Of an adapter of this layer.
+            values (`torch.Tensor`, *optional*): [2], the units where they have been read or gathered already.
+        """
+        values = stored(self.cluscomp_units[adapter_name], "values") if values is None else values
+        assert values is not None
+        if isinstance(values, DTensor):
+            values = values.full_tensor()
+        if is_whole(values) and values.numel() == 2:
+            unit, scale_unit = values.tolist()
+            self._units_seen[adapter_name] = (unit, scale_unit)
+        return self._units_seen[adapter_name]
+
+    def training_units(self, adapter_name: str, rms: float) -> tuple[float, float]:
+        """The units that suit an optimiser where what they are relative to has this root mean square."""
         scale = self._delta_scales[adapter_name]
-        self._units[adapter_name] = (_power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale))
-        return rms
+        return _power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale)
+
+    def _set_units(self, adapter_name: str, units: tuple[float, float]) -> None:
+        values = self.cluscomp_units[adapter_name].values
+        with torch.no_grad():
+            values.copy_(torch.tensor(units))
+        self._units_seen[adapter_name] = units
 
     def deltas(self, adapter_names: list[str]) -> list[Delta]:
         """The deltas of those of the adapters that this layer has, in absolute units, differentiable."""
@@ -176,12 +219,12 @@ class ClusCompLayer(MergingLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            found.append(Delta(*self.cluscomp_delta[name](*self._units[name])))
+            found.append(Delta(*self.cluscomp_delta[name](*self.cluscomp_units[name]())))
         return found
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
         """Overwrites an adapter's numbers with `total`, given in absolute units."""
-        delta = self.cluscomp_delta[adapter_name]
+        delta, units = self.cluscomp_delta[adapter_name], self.units_of(adapter_name)
         with torch.no_grad():
             for key, value in total._asdict().items():
                 parameter = getattr(delta, key)
@@ -189,7 +232,7 @@ class ClusCompLayer(MergingLayer):
                     value = torch.zeros_like(parameter) if value is None else value
                     if key == "codebook":
                         value = refine(value, parameter.shape[0] // value.shape[1])
-                    parameter.copy_(value.reshape(parameter.shape) / self.unit_of(adapter_name, key))
+                    parameter.copy_(value.reshape(parameter.shape) / units[key != "codebook"])
 
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
@@ -201,8 +244,9 @@ class ClusCompLayer(MergingLayer):
         device = device or self._base_device()
         if device.type == "meta":
             return
-        if adapter_name in self.cluscomp_delta and not _has_meta(self.cluscomp_delta[adapter_name]):
-            self.cluscomp_delta[adapter_name].to(device)
+        for modules in (self.cluscomp_delta, self.cluscomp_units):
+            if adapter_name in modules and not _has_meta(modules[adapter_name]):
+                modules[adapter_name].to(device)
         if self._pending and not _has_meta(self.base_layer):
             self.base_layer.to(device)
 
@@ -220,7 +264,14 @@ class ClusCompLayer(MergingLayer):
         for name in waiting:
             self._refuse_unloaded(name)
             self.check_fingerprint(name, self.code_digest[name])
+            self._freeze(name)
             self._pending.discard(name)
+
+    def _freeze(self, adapter_name: str) -> None:
+        """transformers' loader makes whatever it sets trainable: codebooks of a dense-born base, and units."""
+        for key in self.carried():
+            self.get_parameter(key).requires_grad_(False)
+        self.cluscomp_units[adapter_name].requires_grad_(False)
 
     def awaits(self, adapter_name: str) -> bool:
         """Whether the adapter's weights are still to be loaded."""
@@ -271,12 +322,25 @@ class ClusCompLayer(MergingLayer):
             for name in list(self._absolute):
                 if any(parameter.requires_grad for parameter in self.cluscomp_delta[name].parameters()):
                     self.settle([name])
-                    self.set_units(name)
-                    with torch.no_grad():
-                        for key, parameter in self.cluscomp_delta[name].named_parameters():
-                            parameter.div_(self.unit_of(name, key))
+                    present, units = self.units_of(name), self.training_units(name, self.base_rms())
+                    if present == (1.0, 1.0):  # or units came with the weights
+                        with torch.no_grad():
+                            for key, parameter in self.cluscomp_delta[name].named_parameters():
+                                parameter.div_(units[key != "codebook"])
+                        self._set_units(name, units)
                     self._absolute.discard(name)
         return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.cluscomp_delta:
+            deltas, units = f"{prefix}cluscomp_delta.{name}.codebook", f"{prefix}cluscomp_units.{name}.values"
+            if deltas in state_dict and units not in state_dict:
+                args[-1].append(  # torch raises what it finds in the last argument
+                    f"{deltas} comes without {units}, which says what its numbers mean: the state dict was made by an "
+                    "older cluscomp_peft, or is not complete. Load an adapter's own file with "
+                    "PeftModel.from_pretrained or model.load_adapter."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_unloaded(self, adapter_name: str) -> None:
         values = [*self.cluscomp_delta[adapter_name].parameters()]

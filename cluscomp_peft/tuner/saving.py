@@ -26,7 +26,7 @@ from ..offloading import stored
 from ..placement import is_whole
 from .clustered_layer import BASE_TENSORS
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, digest_bytes
+from .layer import ClusCompLayer, digest_bytes, root_mean_square
 
 __all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
 
@@ -65,13 +65,16 @@ def describe_and_complete(
             layer.settle([adapter_name])
             tensors[f"{name}.code_digest.{adapter_name}"] = digest_bytes(digest)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
+        if prefix + "codebook" not in tensors:  # a process that does not write
+            continue
+        found = tensors.get(_units_key(name, adapter_name))
+        units = layer.units_of(adapter_name, None if found is None or found.is_meta else found)
+        tensors[_units_key(name, adapter_name)] = torch.ones(2)
         for key in [key for key in tensors if key.startswith(prefix)]:
             leaf = key.removeprefix(prefix)
             if tensors[key].is_meta:  # offloaded with the model
                 tensors[key] = stored(layer.cluscomp_delta[adapter_name], leaf)
-            tensors[key] = tensors[key] * layer.unit_of(adapter_name, leaf)
-        if prefix + "codebook" not in tensors:  # a process that does not write
-            continue
+            tensors[key] = tensors[key] * units[leaf != "codebook"]
         for key, tensor in layer.carried().items():
             path = f"{name}.{key}"
             found = tensor.detach() if is_whole(tensor) else state_dict.get(path, layer.kept(key))
@@ -110,11 +113,20 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
         if layer.awaits(adapter_name):
             # The base of a dense-born adapter comes with these tensors; its codebook is not in the layer yet.
             codebooks = [tensors[f"{spelling}codebook"] for spelling in spellings if f"{spelling}codebook" in tensors]
-            layer.set_units(adapter_name, codebooks[0] if codebooks else None)
+            rms = root_mean_square(codebooks[0]) if codebooks else layer.base_rms()
+            units = layer.training_units(adapter_name, rms)
+        else:
+            units = layer.units_of(adapter_name)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
-        for key in [key for key in tensors if key.startswith(prefix)]:
-            tensors[key] = tensors[key] / layer.unit_of(adapter_name, key.removeprefix(prefix))
+        keys = [key for key in tensors if key.startswith(prefix)]
+        if keys:
+            # A file says what its numbers mean; those of older versions are absolute.
+            given = tensors.get(_units_key(name, adapter_name), torch.ones(2)).tolist()
+            tensors[_units_key(name, adapter_name)] = torch.tensor(units)
             layer.loaded(adapter_name)
+        for key in keys:
+            is_scale = key.removeprefix(prefix) != "codebook"
+            tensors[key] = tensors[key] * (given[is_scale] / units[is_scale])
         if len(layer.cluscomp_delta) == 1:
             continue
         for key in BASE_TENSORS:
@@ -181,6 +193,10 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ClusComp
     for name, layer in model.named_modules():
         if isinstance(layer, ClusCompLayer) and adapter_name in layer.cluscomp_delta:
             yield name, layer
+
+
+def _units_key(name: str, adapter_name: str) -> str:
+    return f"{name}.cluscomp_units.{adapter_name}.values"
 
 
 def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
