@@ -196,7 +196,7 @@ def test_an_adapter_file_set_by_hand(trained, base, kind, receiver, tokens, tmp_
     tensors = {}
     for name, value in load_file(tmp_path / "adapter_model.safetensors").items():
         name = name.removeprefix("base_model.model.")
-        for part in ("cluscomp_delta", "cluscomp_units", "code_digest"):
+        for part in ("cluscomp_delta", "cluscomp_units", "cluscomp_code_digest"):
             name = name.replace(f".{part}", f".{part}.default")
         tensors[name] = value
     assert not model.load_state_dict(tensors, strict=False).unexpected_keys

@@ -85,7 +85,7 @@ class ClusCompLayer(MergingLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ("code_digest", "cluscomp_units")
+    other_param_names = ("cluscomp_code_digest", "cluscomp_units")
 
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
@@ -108,7 +108,7 @@ class ClusCompLayer(MergingLayer):
         self._absolute: set[str] = set()
         # Parameters and no buffers: accelerate shards whatever is in a state dict. Without PEFT's prefix, because they
         # are not trained.
-        self.code_digest = nn.ParameterDict({})
+        self.cluscomp_code_digest = nn.ParameterDict({})
         self._home = device
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -173,7 +173,7 @@ class ClusCompLayer(MergingLayer):
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / units[key != "codebook"])
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
-        self.code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
+        self.cluscomp_code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
         if not config.expects_weights:
             self.sign(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -263,7 +263,7 @@ class ClusCompLayer(MergingLayer):
             raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
         for name in waiting:
             self._refuse_unloaded(name)
-            self.check_fingerprint(name, self.code_digest[name])
+            self.check_fingerprint(name, self.cluscomp_code_digest[name])
             self._freeze(name)
             self._pending.discard(name)
 
@@ -286,7 +286,7 @@ class ClusCompLayer(MergingLayer):
         """Notes the digest of this layer's codes as those that the adapter belongs to."""
         found = self.fingerprint()
         if found is not None:
-            self.code_digest[adapter_name] = _frozen(digest_bytes(found))
+            self.cluscomp_code_digest[adapter_name] = _frozen(digest_bytes(found))
         self.codebook_fingerprint()  # remembered, for when the codebook is spread over processes
 
     def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:

@@ -333,8 +333,14 @@ class ClusCompModel(BaseTuner):
         cls, model: nn.Module, config: ClusCompConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
+        state_dict = {_present_name(key): value for key, value in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         settle_loaded(model, adapter_name, mapped)
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
         config.settle()
         return mapped
+
+
+def _present_name(key: str) -> str:
+    """The key of a file as it is called now; transformers' loader knows ours by the prefix, which digests had not."""
+    return key.removesuffix("code_digest") + "cluscomp_code_digest" if key.endswith(".code_digest") else key
