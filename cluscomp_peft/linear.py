@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,12 +26,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
-from .codes import ClusterSpec, fingerprint, value_fingerprint
+from .codes import ClusterSpec, checksum, fingerprint, value_fingerprint
 from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
 from .placement import is_whole, shape_of
 
 __all__ = [
     "ClusteredLinear",
+    "CodesDigest",
     "Delta",
     "apply_deltas",
     "count_parameters",
@@ -54,6 +55,25 @@ class Delta(NamedTuple):
     codebook: torch.Tensor
     scale_in: torch.Tensor | None = None
     scale_out: torch.Tensor | None = None
+
+
+class CodesDigest:
+    """The digest of a layer's codes, made again only if they have changed.
+
+    What tells is a checksum of the codes themselves: an address is used again, and a version does not count what is
+    written through `.data` or by a kernel.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[object, ...], str] | None = None
+
+    def of(self, codes: torch.Tensor, out_features: int, spec: ClusterSpec) -> str | None:
+        """The digest of codes [in, width]; if they are not whole in this process the last one, or None."""
+        if is_whole(codes):
+            key = (codes.shape, out_features, spec.group_size, spec.num_clusters, checksum(codes))
+            if self._known is None or self._known[0] != key:
+                self._known = (key, fingerprint(codes, out_features, spec))
+        return None if self._known is None else self._known[1]
 
 
 class ClusteredLinear(nn.Module):
@@ -100,7 +120,8 @@ class ClusteredLinear(nn.Module):
         self.register_parameter("scale_in", empty(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", empty(out_features) if spec.scale_out else None)
         self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
-        self._fingerprint: tuple[tuple[int, int], str] | None = None
+        self._digest = CodesDigest()
+        self._digest_of_map: tuple[Any, str | None] | None = None
 
     @classmethod
     def from_parts(
@@ -198,18 +219,21 @@ class ClusteredLinear(nn.Module):
         return dense
 
     def fingerprint(self) -> str | None:
-        """Digest of the codes, remembered until they change; None if they are elsewhere and were never here."""
+        """Digest of the codes as they are now, wherever they are; where they are spread over processes that of the
+        last time they were not, None if they never were here.
+        """
         hook = offload_hook(self) if self.codes.is_meta else None
-        if hook is None and not is_whole(self.codes):
-            return None if self._fingerprint is None else self._fingerprint[1]
+        if hook is None:
+            return self._digest.of(self.codes, self.out_features, self.spec)
         # Offloaded codes are read once: they change only with the map that leads to them.
-        key = (self.codes.data_ptr(), self.codes._version) if hook is None else (id(hook.weights_map), 0)
-        if self._fingerprint is None or self._fingerprint[0] != key:
+        if self._digest_of_map is None or self._digest_of_map[0] is not hook.weights_map:
             codes = stored(self, "codes")
-            if codes is None or codes.is_meta:
-                return None
-            self._fingerprint = (key, fingerprint(codes, self.out_features, self.spec))
-        return self._fingerprint[1]
+            assert codes is not None
+            digest = self._digest.of(codes, self.out_features, self.spec)
+            if codes.is_meta:
+                return digest
+            self._digest_of_map = (hook.weights_map, digest)
+        return self._digest_of_map[1]
 
     def codebook_fingerprint(self) -> str:
         """Digest of codebook and scales, which training and merging change while the codes stay."""

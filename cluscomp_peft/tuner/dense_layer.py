@@ -16,9 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..codes import ClusterSpec, fingerprint
-from ..linear import sum_deltas, weight_of, weight_shape
-from ..placement import gathered, is_whole
+from ..codes import ClusterSpec
+from ..linear import CodesDigest, sum_deltas, weight_of, weight_shape
+from ..placement import gathered
 from .config import ClusCompConfig
 from .layer import ClusCompLayer, root_mean_square
 
@@ -47,7 +47,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         if codes is None:  # to be loaded
             codes = torch.zeros(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self._fingerprint: tuple[tuple[int, int], str] | None = None
+        self._digest = CodesDigest()
         # A dense weight takes scales for nothing, so they train unless the config says no.
         self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
         self._active_adapter = adapter_name
@@ -61,10 +61,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         return self._spec
 
     def fingerprint(self) -> str | None:
-        key = (self.codes.data_ptr(), self.codes._version)
-        if is_whole(self.codes) and (self._fingerprint is None or self._fingerprint[0] != key):
-            self._fingerprint = (key, fingerprint(self.codes, self.out_features, self._spec))
-        return None if self._fingerprint is None else self._fingerprint[1]
+        return self._digest.of(self.codes, self.out_features, self._spec)
 
     def base_rms(self) -> float:
         weight = self.base_tensor("weight")

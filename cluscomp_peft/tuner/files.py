@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, unpack, value_fingerprint
-from ..linear import ClusteredLinear, is_dense_linear, weight_shape
+from ..linear import is_dense_linear, weight_shape
 from .clustered_layer import VALUES
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, digest_bytes
+from .layer import digest_bytes
 
 __all__ = ["FILE_PREFIX", "check_file"]
 
@@ -85,14 +85,9 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
         codes = next((key for key in ("base_layer.codes", "codes") if key in wanted), None)
         digest = found.get("cluscomp_code_digest")
         saved = None if digest is None else digest.read()
-        if codes is None and saved is not None and isinstance(layer, ClusCompLayer | ClusteredLinear):
-            present = layer.fingerprint()
-            if present is not None and not torch.equal(saved, digest_bytes(present)):
-                raise ValueError(
-                    f"{path} belongs to another base: the digest of the codes of {name} is not that of this model. "
-                    "Load the base that the adapter was trained on."
-                )
-        if codes is not None:
+        if codes is None:
+            fingerprints.append("" if saved is None or not saved.any() else bytes(saved.tolist()).hex())
+        else:
             values = found[codes].read()
             _check_codes(f"{path}: {name}", values, out_features, specs[name])
             fingerprints.append(fingerprint(values, out_features, specs[name]))
@@ -106,9 +101,14 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
             f"{path} has numbers for {strangers[0]} and {len(strangers) - 1} more layers that it would not be loaded "
             "into: the adapter was made for another model, or its target_modules were changed."
         )
-    if config.carries_codes:
-        if config.fingerprint != combine_fingerprints(fingerprints):
+    if all(fingerprints) and config.fingerprint != combine_fingerprints(fingerprints):
+        if config.carries_codes:
             raise ValueError(_damaged(path, "the codes"))
+        raise ValueError(
+            f"{path} belongs to another base than adapter_config.json beside it: the digests of its codes are not "
+            f"{config.fingerprint}. Copy or download the adapter again."
+        )
+    if config.carries_codes:
         if config.codebook_fingerprint not in (None, combine_fingerprints(codebooks)):
             raise ValueError(_damaged(path, "the codebooks or scales"))
 
