@@ -29,9 +29,10 @@ from ..compress.pipeline import TOGETHER
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import hooks_of, offload_hook
+from .checkpoint import check_tensors
 from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
-from .refusals import refuse_offloading, refuse_tensor_parallel
+from .refusals import refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -98,8 +99,10 @@ class ClusCompHfQuantizer(HfQuantizer):
                 f"none of the {len(config.layout)} clustered matrices of this checkpoint is a linear layer of "
                 f"{type(model).__name__}; it was made from another architecture, or its config.json is damaged."
             )
+        layers = {name: model.get_submodule(name) for name in self._specs}
+        check_tensors(kwargs.get("checkpoint_files") or [], config, layers, self._specs, model.base_model_prefix)
         for name, spec in self._specs.items():
-            dense = model.get_submodule(name)
+            dense = layers[name]
             out_features, in_features = weight_of(dense).shape
             clustered = ClusteredLinear(
                 in_features,
@@ -136,6 +139,7 @@ class ClusCompHfQuantizer(HfQuantizer):
                 raise self.failure
             self._record(model)
             return model
+        refuse_non_finite(clustered_linears(model))
         self.hooks = hooks_of(model)
         if config.fingerprint is not None:
             found = model_fingerprint(model)

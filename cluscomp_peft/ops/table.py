@@ -50,9 +50,7 @@ _LINEAR = _arguments(
     "x packed codebook scale_in y",
     "tokens in_features width clusters blocks tiles units codebook_dtype scale_dtype",
 )
-_FINISH = _arguments(
-    "sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype"
-)
+_FINISH = _arguments("sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype")
 _DECODE = _arguments(
     "packed codebook scale_in scale_out weight",
     "in_features out_features groups width clusters blocks tiles units codebook_dtype scale_in_dtype scale_out_dtype",
@@ -153,9 +151,7 @@ class _LinearPlan(NamedTuple):
 
 def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
     group_size, wide = case.group_size, 1 << (-(-tokens // 8) - 1).bit_length()
-    each = [
-        k for k in (8, 4, 2) if 2 * k * group_size * wide <= (_ACCUMULATORS if k > 2 else _ACCUMULATORS * 4 // 3)
-    ]
+    each = [k for k in (8, 4, 2) if 2 * k * group_size * wide <= (_ACCUMULATORS if k > 2 else _ACCUMULATORS * 4 // 3)]
     words = -(-group_size // 2)
     if not each or words > _MAX_WORDS:
         return None

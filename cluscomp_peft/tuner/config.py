@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
@@ -144,15 +146,34 @@ class ClusCompConfig(PeftConfig):
         # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
         # Layers are then built empty, without K-means.
         self._expects_weights = self.fingerprint is not None
-        self._source: str | None = None
+        # Where it was read from: folder or repository, subfolder, and how to download from there.
+        self._source: tuple[str, str, dict[str, Any]] | None = None
+        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
+        self._caps_blocks = self._expects_weights
         self._facts: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Reads `adapter_config.json`; a local folder is remembered, so that its tensors are checked before use."""
+        """Reads `adapter_config.json` and remembers from where, so that its tensors are checked before use."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config._source = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        settings = {key: value for key, value in kwargs.items() if key in ("revision", "cache_dir", "token")}
+        config._source = (os.fspath(pretrained_model_name_or_path), subfolder or "", settings)
         return config
+
+    def find_weights(self, names: Sequence[str]) -> str | None:
+        """The path of the first of these files beside the config; None if it came from nowhere or there is none."""
+        if self._source is None:
+            return None
+        place, subfolder, settings = self._source
+        for name in names:
+            if os.path.isfile(os.path.join(place, subfolder, name)):
+                return os.path.join(place, subfolder, name)
+        for name in () if os.path.isdir(place) else names:
+            try:
+                return hf_hub_download(place, name, subfolder=subfolder or None, **settings)
+            except (OSError, ValueError):  # PEFT is about to ask for it too, and says what is wrong
+                continue
+        return None
 
     @property
     def clusters(self) -> bool:
@@ -171,7 +192,7 @@ class ClusCompConfig(PeftConfig):
         multiple of theirs.
         """
         if self.num_blocks is not None:
-            return self.num_blocks
+            return min(self.num_blocks, in_features) if self._caps_blocks else self.num_blocks
         # Scales, one for each channel, are as many numbers as one rank.
         rank = self.rank - (self.train_scales is not False)
         most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))
