@@ -14,15 +14,14 @@ call those, not the ops.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..codes import code_bits, num_groups, packed_width
 from . import cpu, reference
+from .checks import check, check_gradient
 
 __all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
 
@@ -201,12 +200,15 @@ def decode(
         `torch.Tensor`: [out, in], contiguous, `s_out · (residual + decoded) · s_in` rounded once from fp32.
 
     Raises:
-        TypeError: If the codes are not uint8.
-        ValueError: If shapes do not belong together.
+        TypeError: If the codes are not uint8, or something else is not floating point.
+        ValueError: If tensors are on several devices, or shapes do not belong together.
     """
-    _check(codes, codebook, scale_in, scale_out, out_features)
+    check(None, codes, codebook, scale_in, scale_out, residual, None, out_features)
+    dtype = dtype or codebook.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"a weight is decoded to a floating-point dtype, got {dtype}.")
     with torch.no_grad():
-        return DECODE(codes, codebook, scale_in, scale_out, residual, out_features, dtype or codebook.dtype)
+        return DECODE(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
 
 
 def linear(
@@ -231,17 +233,11 @@ def linear(
         bias (`torch.Tensor`, *optional*): [out].
 
     Raises:
-        TypeError: If the codes are not uint8.
-        ValueError: If shapes do not belong together.
+        TypeError: If the codes are not uint8, or something else is not floating point.
+        ValueError: If tensors are on several devices, or shapes do not belong together.
     """
-    _check(codes, codebook, scale_in, scale_out, out_features)
-    if x.shape[-1] != codes.shape[0]:
-        raise ValueError(f"the layer takes {codes.shape[0]} input features, got x of shape {tuple(x.shape)}.")
-    if residual is not None and residual.shape != (out_features, codes.shape[0]):
-        raise ValueError(f"residual must have shape ({out_features}, {codes.shape[0]}), got {tuple(residual.shape)}.")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
-    device = x.device.type
+    check(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+    device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     op = cpu.linear if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
@@ -253,12 +249,15 @@ def _runs_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
     The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    tensors = [x, *(other for other in others if other is not None)]
-    if _get_current_dispatch_mode() is not None or any(type(tensor) not in _PLAIN for tensor in tensors):
+    if _get_current_dispatch_mode() is not None:
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    graph = torch.is_grad_enabled()
+    for tensor in (x, *others):
+        if tensor is not None and (type(tensor) not in _PLAIN or (graph and tensor.requires_grad)):
+            return False
+    return True
 
 
 def codebook_grad(
@@ -276,48 +275,6 @@ def codebook_grad(
         Gradients of codebook [m, n, g], scale_in [in] and scale_out [out] (the last two empty where there is no
         scale), fp32, or fp64 for an fp64 x.
     """
-    _check(codes, codebook, scale_in, scale_out, grad_output.shape[-1])
-    if x.shape != (grad_output.shape[0], codes.shape[0]):
-        raise ValueError(f"x must have shape ({grad_output.shape[0]}, {codes.shape[0]}), got {tuple(x.shape)}.")
+    check_gradient(x, grad_output, codes)
+    check(x, codes, codebook, scale_in, scale_out, residual, None, grad_output.shape[1])
     return CODEBOOK_GRAD(x, grad_output, codes, codebook, scale_in, scale_out, residual)
-
-
-def _check(
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    out_features: int,
-) -> None:
-    scales = [None if scale is None else scale.shape for scale in (scale_in, scale_out)]
-    # Compilers look into the function itself, and their symbolic sizes have no hash.
-    check = _check_shapes.__wrapped__ if torch.compiler.is_compiling() else _check_shapes
-    check(codes.dtype, codes.shape, codebook.shape, *scales, out_features)
-
-
-@functools.lru_cache(maxsize=1024)
-def _check_shapes(
-    dtype: torch.dtype,
-    codes: torch.Size,
-    codebook: torch.Size,
-    scale_in: torch.Size | None,
-    scale_out: torch.Size | None,
-    out_features: int,
-) -> None:
-    if dtype != torch.uint8:
-        raise TypeError(
-            f"the codes of a clustered weight must stay uint8, got {dtype}: something cast every parameter of "
-            "the model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model "
-            "again and leave such calls out; a clustered model needs none of them."
-        )
-    if len(codebook) != 3:
-        raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook)}.")
-    width = packed_width(num_groups(out_features, codebook[2]), code_bits(codebook[1]))
-    if len(codes) != 2 or codes[1] != width:
-        raise ValueError(
-            f"codes of shape {tuple(codes)} do not belong to {out_features} output features and a codebook of "
-            f"shape {tuple(codebook)}, which take {width} bytes for each input channel."
-        )
-    for name, scale, features in (("scale_in", scale_in, codes[0]), ("scale_out", scale_out, out_features)):
-        if scale is not None and scale != (features,):
-            raise ValueError(f"{name} must have shape ({features},), got {tuple(scale)}.")
