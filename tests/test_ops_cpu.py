@@ -181,6 +181,9 @@ def test_who_looks_on_sees_one_op():
             lambda x: ops.linear(x, **arguments, out_features=70), fullgraph=True, backend="eager"
         )
         assert torch.equal(compiled(x), plain)
+        many = torch.stack([x, 2 * x, -x])
+        each = torch.vmap(lambda x: ops.linear(x, **arguments, out_features=70))(many)
+        assert torch.equal(each, ops.linear(many, **arguments, out_features=70))
     arguments["codebook"].requires_grad_()
     y = ops.linear(x, **arguments, out_features=70)
     assert torch.equal(y, plain) and y.grad_fn is not None

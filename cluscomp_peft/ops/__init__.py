@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, reference
@@ -245,13 +246,14 @@ def linear(
 
 
 def _runs_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode or subclass that looks on.
+    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode, subclass or transform of
+    `torch.func` that looks on.
 
     The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
     """
     if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if _get_current_dispatch_mode() is not None:
+    if _get_current_dispatch_mode() is not None or maybe_current_level() is not None:
         return False
     graph = torch.is_grad_enabled()
     for tensor in (x, *others):
