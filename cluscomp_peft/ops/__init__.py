@@ -14,6 +14,7 @@ call those, not the ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,21 @@ def _(x, grad_output, codes, codebook, scale_in, scale_out, residual):
     )
 
 
-@torch.library.custom_op("cluscomp::linear", mutates_args=())
+def _owned(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A kernel of [`LINEAR`] whose result is no view, which autograd would refuse to see changed in place:
+    `F.linear` gives a view of its product where x has three dimensions, or one, and there is a bias.
+    """
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> torch.Tensor:
+        y = kernel(*args)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # what is viewed has no other owner
+
+    return call
+
+
+@functools.partial(torch.library.custom_op, "cluscomp::linear", mutates_args=())
+@_owned
 def LINEAR(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -145,10 +160,11 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 DECODE.register_kernel("cpu")(cpu.decode)
-LINEAR.register_kernel("cpu")(cpu.linear)
+_linear_here = _owned(cpu.linear)
+LINEAR.register_kernel("cpu")(_linear_here)
 CODEBOOK_GRAD.register_kernel("cpu")(cpu.codebook_grad)
 DECODE.register_kernel("cuda")(_on_cuda("decode"))
-LINEAR.register_kernel("cuda")(_on_cuda("linear"))
+LINEAR.register_kernel("cuda")(_owned(_on_cuda("linear")))
 CODEBOOK_GRAD.register_kernel("cuda")(_on_cuda("codebook_grad"))
 
 
@@ -241,7 +257,7 @@ def linear(
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    op = cpu.linear if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
+    op = _linear_here if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
     return op(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
 
 
