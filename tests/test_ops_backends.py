@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cluscomp_peft import ops
-from cluscomp_peft.codes import code_bits, num_groups, pack
+from cluscomp_peft.codes import code_bits, num_groups, pack, unpack
 from cluscomp_peft.ops import cpu, reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,3 +108,41 @@ def test_results_belong_to_the_caller_who_may_change_them(lead, dtype, bias, gra
             if result is not y:
                 first, leaves[graph].grad = leaves[graph].grad, None
         assert torch.equal(leaves[graph].grad, first)
+
+
+# -- codes beyond the codebook
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 20])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9, 12])
+def test_codes_beyond_the_codebook_are_its_last_one(bits, count):
+    """Bytes at random, in every field and behind the last: read, multiplied, and their gradient collected."""
+    generator = torch.Generator().manual_seed(bits)
+    clusters = 2**bits - 1 if bits % 2 else 2 ** (bits - 1) + 1
+    blocks, group_size, scales = 1 + bits % 2, 1 + bits % 4, bits % 3 == 0
+    given = parts((OUT, IN), group_size, clusters, blocks, scales)
+    given["codes"] = torch.randint(0, 256, given["codes"].shape, dtype=torch.uint8, generator=generator)
+    groups = num_groups(OUT, group_size)
+    found = unpack(given["codes"], bits, groups)
+    assert ops.has_stray_codes(given["codes"], clusters, groups) and (found >= clusters).any()
+    mended = {**given, "codes": pack(found.clamp(max=clusters - 1), bits)}
+    assert not ops.has_stray_codes(mended["codes"], clusters, groups)
+    x, upstream = normal(count, IN), normal(count, OUT, seed=5)
+    assert torch.equal(ops.decode(**given), ops.decode(**mended))
+    assert torch.equal(ops.linear(x, **given), ops.linear(x, **mended))
+    wide = {key: value.double() if key not in ("codes", "out_features") and value is not None else value
+            for key, value in mended.items()}  # fmt: skip
+    del given["out_features"], wide["out_features"]
+    exact = reference.codebook_grad(x.double(), upstream.double(), **wide, residual=None)
+    for grad, right in zip(ops.codebook_grad(x, upstream, **given), exact, strict=True):
+        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clusters", [3, 5, 128, 200, 2**9 - 1])
+def test_one_stray_code_is_found(clusters):
+    codes = torch.full((IN, OUT), clusters - 1)
+    for place in ((0, 0), (IN - 1, OUT - 1), (7, 11)):
+        assert not ops.has_stray_codes(pack(codes, code_bits(clusters)), clusters, OUT)
+        codes[place] = 2 ** code_bits(clusters) - 1
+        assert ops.has_stray_codes(pack(codes, code_bits(clusters)), clusters, OUT) == (clusters != 128)
+        codes[place] = clusters - 1

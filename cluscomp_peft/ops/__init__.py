@@ -10,6 +10,10 @@ reference that runs on every device. A faster backend is another kernel of the s
 Autograd of `linear` keeps x, the packed codes, the codebook and the scales; the weight is decoded again in backward,
 so no dense weight outlives a call. The functions [`decode`] and [`linear`] check their arguments and follow autocast;
 call those, not the ops.
+
+A code has b = ceil(log2 n) bits, so where n < 2^b a damaged or hostile file can hold codes that name no centroid. On
+every backend such a code reads as code n - 1, and its gradient goes to entry n - 1: no kernel leaves the codebook's
+memory, and all compute the same. [`has_stray_codes`] finds them, and what loads a file refuses them.
 """
 
 from __future__ import annotations
@@ -22,10 +26,21 @@ import torch
 from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..codes import code_bits
 from . import cpu, reference
 from .checks import check, check_gradient
 
-__all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
+__all__ = [
+    "CODEBOOK_GRAD",
+    "DECODE",
+    "LINEAR",
+    "ROUND_TO",
+    "codebook_grad",
+    "decode",
+    "has_stray_codes",
+    "linear",
+    "round_to",
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -296,3 +311,22 @@ def codebook_grad(
     check_gradient(x, grad_output, codes)
     check(x, codes, codebook, scale_in, scale_out, residual, None, grad_output.shape[1])
     return CODEBOOK_GRAD(x, grad_output, codes, codebook, scale_in, scale_out, residual)
+
+
+def has_stray_codes(codes: torch.Tensor, num_clusters: int, groups: int) -> bool:
+    """Whether codes [in, width] name centroids that a codebook of `num_clusters` does not have.
+
+    Takes as long as one token, because that is what it is: a layer of the groups whose weights are 1 where a code is
+    too large and 0 elsewhere.
+
+    Raises:
+        TypeError, ValueError: As [`linear`] does.
+    """
+    entries = 2 ** code_bits(num_clusters)
+    if num_clusters == entries:
+        return False
+    marks = torch.zeros(1, entries, 1, device=codes.device)
+    marks[:, num_clusters:] = 1
+    with torch.no_grad():
+        found = linear(torch.ones(1, codes.shape[0], device=codes.device), codes, marks, out_features=groups)
+    return bool(found.any())

@@ -294,5 +294,8 @@ def _codebook_grad(
             "grad_out": grad_out.data_ptr(),
         }
         _run("scatter", tasks, scratch, packed, fields)
-    grad_codebook = tables.sum(0)[:, : codebook.shape[1], : packed.group].contiguous()
+    table, clusters = tables.sum(0)[..., : packed.group], codebook.shape[1]
+    grad_codebook = table[:, :clusters].contiguous()
+    if clusters < table.shape[1]:
+        grad_codebook[:, -1] += table[:, clusters:].sum(1)  # what damaged codes collected
     return grad_codebook, grad_in, grad_out.sum(0)

@@ -98,12 +98,18 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
     shares the codes that are there: its own must be equal, and are dropped.
 
     Raises:
-        ValueError: If they are not equal, or the adapter was made for other codes than the model has.
+        ValueError: If they are not equal, the adapter was made for other codes than the model has, or codes name
+            centroids that there are not.
     """
     for name, layer in _layers(model, adapter_name):
         digest = tensors.get(f"{name}.code_digest.{adapter_name}")
         if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
             layer.check_fingerprint(adapter_name, digest)
+        bare = name.removeprefix(_FILE_PREFIX)
+        for key in ("base_layer.codes", "codes"):
+            for spelling in (bare, _FILE_PREFIX + bare):
+                if f"{spelling}.{key}" in tensors:
+                    layer.refuse_stray_codes(tensors[f"{spelling}.{key}"])
     for name, layer in _layers(model, adapter_name):
         bare = name.removeprefix(_FILE_PREFIX)
         spellings = (f"{bare}.base_layer.", f"{_FILE_PREFIX}{bare}.base_layer.")
