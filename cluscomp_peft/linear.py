@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
-from .codes import ClusterSpec, checksum, fingerprint, value_fingerprint
+from .codes import ClusterSpec, checksum, fingerprint, num_groups, value_fingerprint
 from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
 from .placement import is_whole, shape_of
 
@@ -234,6 +234,14 @@ class ClusteredLinear(nn.Module):
                 return digest
             self._digest_of_map = (hook.weights_map, digest)
         return self._digest_of_map[1]
+
+    def has_stray_codes(self) -> bool:
+        """Whether there are codes that no centroid belongs to: the layer came from a damaged or hostile file."""
+        codes = stored(self, "codes")
+        if codes is None or not is_whole(codes):
+            return False
+        spec = self.spec
+        return ops.has_stray_codes(codes, spec.num_clusters, num_groups(self.out_features, spec.group_size))
 
     def codebook_fingerprint(self) -> str:
         """Digest of codebook and scales, which training and merging change while the codes stay."""

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
+from transformers import DebertaConfig, DebertaModel
 from transformers.pytorch_utils import Conv1D
 
-from cluscomp_peft import ops
+from cluscomp_peft import ClusCompConfig, ops
 from cluscomp_peft.codes import ClusterSpec, checksum, code_bits, fingerprint, num_groups, pack
 from cluscomp_peft.linear import ClusteredLinear, Delta, apply_deltas, dense_bits, is_dense_linear, weight_of
 
@@ -302,6 +304,31 @@ def test_gradient_reaches_input_and_trained_bias():
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.decode(torch.float32).sum(0).expand(4, IN))
     assert torch.equal(layer.bias.grad, torch.full((OUT,), 4.0))
+
+
+def test_modules_that_change_their_input_in_place_train():
+    layer = clustered(bias=True)
+    layer.bias.requires_grad_()
+    x = torch.randn(2, 3, layer.in_features)
+    nn.Sequential(layer, nn.ReLU(inplace=True))(x).sum().backward()
+    assert torch.equal(layer.bias.grad, (layer(x) > 0).sum((0, 1)).float())
+
+
+def test_a_model_that_changes_results_in_place_trains_an_adapter():
+    config = DebertaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    targets = ["in_proj", "pos_proj", "pos_q_proj", "dense"]
+    model = get_peft_model(DebertaModel(config), ClusCompConfig(target_modules=targets, group_size=2, num_clusters=16))
+    model(torch.arange(12).view(2, 6)).last_hidden_state.square().sum().backward()
+    trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert all(grad is not None and grad.any() for name, grad in trained.items() if "in_proj" in name)
 
 
 def test_the_fingerprint_follows_the_codes():

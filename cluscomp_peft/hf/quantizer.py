@@ -141,6 +141,12 @@ class ClusCompHfQuantizer(HfQuantizer):
             return model
         refuse_non_finite(clustered_linears(model))
         self.hooks = hooks_of(model)
+        for name, module in clustered_linears(model):
+            if module.has_stray_codes():
+                raise ValueError(
+                    f"{name}.codes names centroids beyond the {module.spec.num_clusters} of its codebook: the "
+                    "checkpoint is damaged, or was made to be. Download or compress it again."
+                )
         if config.fingerprint is not None:
             found = model_fingerprint(model)
             if found not in (None, config.fingerprint):

@@ -1,7 +1,7 @@
 """Kernels for codebooks that fit into a multiprocessor's shared memory, in CUDA C++: `kernels/*.cu`.
 
-A gather from shared memory takes a fraction of one through L1, and few tokens are multiplied by tensor cores while the
-weights are in registers. Each function says by None that it does not take a case; `cuda.py` then asks Triton's kernels.
+A gather from shared memory takes a fraction of one through L1, and few tokens are multiplied by tensor cores while
+the weights are in registers. Each function says by None that it does not take a case; `cuda.py` then asks Triton's.
 
     linear     up to 64 tokens in bf16 or fp16. Scales of the inputs are multiplied into x, which is rounded again, and
                those of the outputs into the sums; so few tokens of a scaled matrix see weights that are not rounded.

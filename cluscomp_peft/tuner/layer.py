@@ -27,7 +27,8 @@ from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..codes import ClusterSpec
+from .. import ops
+from ..codes import ClusterSpec, num_groups
 from ..linear import Delta, refine
 from ..offloading import offload_hook, stored
 from ..placement import is_whole
@@ -264,6 +265,9 @@ class ClusCompLayer(MergingLayer):
         for name in waiting:
             self._refuse_unloaded(name)
             self.check_fingerprint(name, self.cluscomp_code_digest[name])
+            for key, tensor in self.carried().items():
+                if key.endswith("codes") and is_whole(tensor):
+                    self.refuse_stray_codes(tensor)
             self._freeze(name)
             self._pending.discard(name)
 
@@ -303,6 +307,16 @@ class ClusCompLayer(MergingLayer):
             raise ValueError(
                 f"adapter {adapter_name!r} belongs to another base: it was made for codes with fingerprint {found}, "
                 f"but a layer of this model has {present}. Load the base that the adapter was trained on."
+            )
+
+    def refuse_stray_codes(self, codes: torch.Tensor) -> None:
+        """Raises a ValueError if codes [in, width] that came with an adapter name centroids that there are not."""
+        spec = self.base_spec()
+        if ops.has_stray_codes(codes, spec.num_clusters, num_groups(self.out_features, spec.group_size)):
+            raise ValueError(
+                f"the adapter brings codes of a {self.out_features} x {self.in_features} matrix that name centroids "
+                f"beyond the {spec.num_clusters} of its codebook: its file is damaged, or was made to be. Copy or "
+                "download the adapter again."
             )
 
     def train(self, mode: bool = True):

@@ -98,8 +98,8 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
     shares the codes that are there: its own must be equal, and are dropped.
 
     Raises:
-        ValueError: If they are not equal, the adapter was made for other codes than the model has, or its tensors are
-            not those that the adapter here has.
+        ValueError: If they are not equal, the adapter was made for other codes than the model has, codes name
+            centroids that there are not, or its tensors are not those that the adapter here has.
     """
     for name, layer in _layers(model, adapter_name):
         _check_tensors(f"{name}.cluscomp_delta.{adapter_name}.", layer.cluscomp_delta[adapter_name], tensors)
@@ -107,6 +107,11 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
         digest = tensors.get(f"{name}.cluscomp_code_digest.{adapter_name}")
         if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
             layer.check_fingerprint(adapter_name, digest)
+        bare = name.removeprefix(FILE_PREFIX)
+        for key in ("base_layer.codes", "codes"):
+            for spelling in (bare, FILE_PREFIX + bare):
+                if f"{spelling}.{key}" in tensors:
+                    layer.refuse_stray_codes(tensors[f"{spelling}.{key}"])
     for name, layer in _layers(model, adapter_name):
         bare = name.removeprefix(FILE_PREFIX)
         spellings = (f"{bare}.base_layer.", f"{FILE_PREFIX}{bare}.base_layer.")
