@@ -41,7 +41,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import cluscomp_peft
 from cluscomp_peft.compress.calibration import read_documents
 from cluscomp_peft.hf.compression import compress_checkpoint
-from cluscomp_peft.tuner.layer import ClusCompLayer
 
 RATES = [2e-4 * 2.0**power for power in range(-6, 3)]
 AT_ONCE = 4096  # tokens of a forward pass; larger batches are cut up
@@ -51,17 +50,18 @@ class Run(NamedTuple):
     """One line of the output, before it is known."""
 
     model: str
+    data: str
     bits: float
     rank: int
     batch: int
     steps: int
     warmup: float
-    rule: str
+    delta_scale: float | None
     rate: float
     seed: int
 
     def cell(self) -> tuple:
-        return tuple(value for key, value in self._asdict().items() if key not in ("rate", "seed"))
+        return tuple(value for key, value in self._asdict().items() if key != "rate")
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=["default"])
+    parser.add_argument("--delta_scales", type=float, nargs="+", default=[None], help="units; the default's otherwise")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,8 +100,19 @@ def measure(options: argparse.Namespace) -> None:
     name = os.path.basename(os.path.normpath(options.model))
     done = {Run(**{key: row[key] for key in Run._fields}) for row in read(options.output)}
     runs = [
-        Run(name, bits, rank, batch, options.steps, options.warmup, rule, rate, options.seed)
-        for rule in options.rules
+        Run(
+            name,
+            os.path.basename(options.train),
+            bits,
+            rank,
+            batch,
+            options.steps,
+            options.warmup,
+            scale,
+            rate,
+            options.seed,
+        )
+        for scale in options.delta_scales
         for bits in options.bits
         for rank in options.ranks
         for batch in options.batches
@@ -120,8 +131,7 @@ def measure(options: argparse.Namespace) -> None:
             flying = [result for result in flying if not result.ready()]
             for result in ready:
                 row = result.get()
-                with open(options.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(options.output, row)
                 shown = {key: value for key, value in row.items() if key != "train"}
                 print(json.dumps(shown), file=sys.stderr, flush=True)
                 if time.perf_counter() - started < 60 * options.minutes:
@@ -182,8 +192,8 @@ def train(run: Run) -> dict[str, Any]:
     options, rows = _worker["options"], _worker["rows"]["train"]
     base, before = base_of(run.bits)
     set_seed(run.seed)
-    model = get_peft_model(base, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=run.rank))
-    RULES[run.rule](model)
+    config = cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=run.rank, delta_scale=run.delta_scale)
+    model = get_peft_model(base, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
     warm_up = max(1, round(run.warmup * run.steps))
@@ -251,94 +261,42 @@ def summed_loss(model: Any, rows: list[torch.Tensor], device: str) -> torch.Tens
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), padded[:, 1:].flatten(), reduction="sum")
 
 
-# -- candidates for the units
-
-
-def _shares(layer: ClusCompLayer) -> float:
-    """Weights that share a trained number of the codebooks, over the fan-in."""
-    numbers = layer.cluscomp_delta["default"].codebook.numel()
-    return max(1.0, layer.in_features * layer.out_features / numbers) / layer.in_features
-
-
-def _depth(layers: dict[str, ClusCompLayer]) -> int:
-    """Blocks that follow one another: names up to their first index."""
-    import re
-
-    return len({re.sub(r"(\.\d+)\..*", r"\1", name) for name in layers})
-
-
-def _rule(power: float, depth: float, share: float, scale: float) -> Any:
-    """Units of `scale` RMS · (weights that share a number / fan-in)^power · depth^-depth."""
-
-    def apply(model: nn.Module) -> None:
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ClusCompLayer)}
-        for layer in layers.values():
-            factor = scale * (32 * _shares(layer)) ** power * _depth(layers) ** -depth
-            layer._delta_scales["default"] = factor
-            layer.set_units("default")
-            unit = layer._units["default"]
-            # Scales: `share` of the unit of the centroids.
-            layer._units["default"] = (unit[0], 2.0 ** round(math.log2(share * factor)))
-
-    return apply
-
-
-def _output(model: nn.Module) -> None:
-    """Like `shared`, divided by what random deltas do to the outputs of a batch, both relative to their size."""
-    _rule(0.5, 0, 0.25, 256)(model)
-    handles, rows = [], _worker["rows"]["train"][:8]
-
-    def hook(layer: ClusCompLayer, args: Any, output: torch.Tensor) -> None:
-        x = args[0].detach().float().flatten(0, -2)
-        rms = layer.base_rms()
-        scale = layer.base_tensor("scale_in")
-        x = x if scale is None else x * scale.float()
-        out = layer.base_tensor("scale_out")
-        width = math.sqrt(layer.out_features) if out is None else float(out.float().norm())
-        changed = float(x.norm()) * rms * width
-        size = float(output.detach().float().norm())
-        first, second = layer._units["default"]
-        layer._units["default"] = (2.0 ** round(math.log2(first * size / changed)), second)
-
-    for layer in model.modules():
-        if isinstance(layer, ClusCompLayer):
-            handles.append(layer.register_forward_hook(hook))
-    with torch.no_grad():
-        summed_loss(model, rows, _worker["options"].device)
-    for handle in handles:
-        handle.remove()
-
-
-RULES: dict[str, Any] = {
-    "default": lambda model: None,
-    "rms": _rule(0, 0, 0.25, 256),
-    "rms, scales 1": _rule(0, 0, 1, 256),
-    "shared": _rule(0.5, 0, 0.25, 256),
-    "shared, scales 1": _rule(0.5, 0, 1, 256),
-    "output": _output,
-}
-
-
 # -- the table
 
 
+def append(path: str, row: dict[str, Any]) -> None:
+    """Adds a line; whole lines only, so that calls can share an output."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            cut_off = file.read() != b"\n"
+        else:
+            cut_off = False
+        file.write((b"\n" if cut_off else b"") + json.dumps(row).encode() + b"\n")
+
+
 def read(path: str) -> list[dict[str, Any]]:
-    """The lines of an output; a last one that was cut off is left out."""
+    """The lines of an output; one that was cut off is left out."""
     if not os.path.exists(path):
         return []
+    rows = []
     with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
 
 
 def print_table(rows: list[dict[str, Any]], default: float) -> None:
     cells: dict[tuple, dict[float, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         run = Run(**{key: row[key] for key in Run._fields})
-        cells[(run.model, run.rule, *run.cell(), run.seed)][run.rate] = row
+        cells[run.cell()][run.rate] = row
     columns = ("bits", "rank", "batch", "steps", "before", "best", "at best", f"at {default:g}", "within", "diverges")
-    print("| " + " | ".join(("model", "rule", *columns)) + " |\n|---|---|" + "---:|" * len(columns))
-    for _, cell in sorted(cells.items(), key=lambda item: item[0]):
+    print("| " + " | ".join(("model", "data", "unit", *columns)) + " |\n|---|---|---|" + "---:|" * len(columns))
+    for cell in cells.values():
         print("| " + " | ".join(summary(cell, default)) + " |")
 
 
@@ -355,7 +313,8 @@ def summary(cell: dict[float, dict[str, Any]], default: float) -> list[str]:
     at = next((gains.get(rate, -math.inf) for rate in rates if math.isclose(rate, default)), None)
     return [
         one["model"],
-        one["rule"],
+        one["data"].partition(".")[0],
+        "" if one["delta_scale"] is None else f"{one['delta_scale']:g}",
         f"{one['bits']:g}",
         str(one["rank"]),
         str(one["batch"]),
