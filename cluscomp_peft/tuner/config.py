@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft.utils import PeftType
 
 from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+from .units import count_blocks, default_delta_scale
 
 __all__ = ["ClusCompConfig"]
 
@@ -46,9 +47,10 @@ class ClusCompConfig(PeftConfig):
             base on merging.
         train_scales (`bool`, *optional*): Train a scale per input and output channel too, 16 bits each after merging.
             None: always, but with `num_blocks` only where the base stores them already.
-        delta_scale (`float`): Units of the trained numbers: one unit moves a centroid by about this many RMS of its
-            codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS. The default
-            makes the rates that people use for LoRA right.
+        delta_scale (`float`, *optional*): Units of the trained numbers: one unit moves a centroid by about this many
+            RMS of its codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS.
+            None: fewer, the more blocks are trained, which makes the rates that people use for LoRA right
+            (`tuner/units.py`). It was 256 for all models in versions before.
         init_weights (`bool`): False starts from random deltas instead of zero ones; for tests.
         bits (`float`, *optional*): Dense model: true bits per weight that no matrix exceeds; default 4.
         group_size (`int`, *optional*): Dense model: weights per code; with `num_clusters`, instead of `bits`.
@@ -88,8 +90,8 @@ class ClusCompConfig(PeftConfig):
         default=None, metadata={"help": "Delta codebooks of every matrix, instead of rank; 1 adds no bits."}
     )
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
-    delta_scale: float = field(
-        default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
+    delta_scale: float | None = field(
+        default=None, metadata={"help": "RMS of the codebook that one trained unit stands for; by default what fits."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
     bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
@@ -136,8 +138,9 @@ class ClusCompConfig(PeftConfig):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (value is None and name == "num_blocks"):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if not isinstance(self.delta_scale, (int, float)) or not 0 < self.delta_scale < math.inf:
-            raise ValueError(f"delta_scale must be a finite number greater than 0, got {self.delta_scale!r}.")
+        scale = 1.0 if self.delta_scale is None else self.delta_scale
+        if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"delta_scale must be a finite number greater than 0, or None, got {scale!r}.")
         dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
         if dtype not in CODEBOOK_DTYPES:
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
@@ -150,6 +153,7 @@ class ClusCompConfig(PeftConfig):
         self._source: tuple[str, str, dict[str, Any]] | None = None
         # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
         self._caps_blocks = self._expects_weights
+        self._trained_blocks = 1
         self._facts: dict[str, Any] = {}
 
     @classmethod
@@ -184,6 +188,15 @@ class ClusCompConfig(PeftConfig):
     def target_bits(self) -> float | None:
         """The budget of true bits: as given, or 4 where nothing is said."""
         return 4.0 if self.bits is None and self.group_size is None and self.num_clusters is None else self.bits
+
+    def note_layers(self, names: Iterable[str]) -> None:
+        """Takes down how many blocks the layers of these names are, all that the adapter trains; see `units.py`."""
+        self._trained_blocks = count_blocks(names)
+
+    @property
+    def unit_scale(self) -> float:
+        """RMS of the codebook for one unit: `delta_scale`, or what fits the model."""
+        return default_delta_scale(self._trained_blocks) if self.delta_scale is None else self.delta_scale
 
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
         """How many delta codebooks a matrix [out, in] stored as `spec` gets.

@@ -92,6 +92,7 @@ class ClusCompModel(BaseTuner):
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             peft_config.target_modules = self._default_targets(peft_config)
         layers = self._matched(peft_config)
+        peft_config.note_layers(layers)
         check_layers(self.model, peft_config, layers)
         if peft_config.expects_weights:
             check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
