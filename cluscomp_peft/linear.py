@@ -37,6 +37,7 @@ __all__ = [
     "apply_deltas",
     "count_parameters",
     "dense_bits",
+    "in_absolute_units",
     "is_dense_linear",
     "refine",
     "sum_deltas",
@@ -74,6 +75,14 @@ class CodesDigest:
             if self._known is None or self._known[0] != key:
                 self._known = (key, fingerprint(codes, out_features, spec))
         return None if self._known is None else self._known[1]
+
+
+def in_absolute_units(numbers: ops.Numbers, num_clusters: int) -> Delta:
+    """What an adapter's numbers stand for, fp32, differentiable."""
+    unit, scale_unit = numbers.units.unbind()
+    scales = [None if part is None else part.float() * scale_unit for part in (numbers.scale_in, numbers.scale_out)]
+    codebook = numbers.codebook
+    return Delta(codebook.float().view(-1, num_clusters, codebook.shape[1]) * unit, *scales)
 
 
 class ClusteredLinear(nn.Module):
@@ -192,15 +201,24 @@ class ClusteredLinear(nn.Module):
         pairs = zip(("codebook", "scale_in", "scale_out"), values, strict=True)
         store_all(self, {name: value.to(dtype) for name, value in pairs if value is not None})
 
-    def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers] = ()) -> torch.Tensor:
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
         if offload_hook(self) is None:
             return self._forward(x, deltas)
         with taken_away_on_error(self):
             return self._forward(x, deltas)
 
-    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
-        codebook, scale_in, scale_out = self.effective(deltas)
+    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers]) -> torch.Tensor:
+        if len(deltas) == 1 and isinstance(deltas[0], ops.Numbers):
+            parts = (self.codes, self.codebook, self.scale_in, self.scale_out, self.bias)
+            y = ops.adapted_linear(x, *parts, deltas[0], out_features=self.out_features)
+            if y is not None:
+                return y
+        clusters = self.codebook.shape[1]
+        absolute = [
+            in_absolute_units(delta, clusters) if isinstance(delta, ops.Numbers) else delta for delta in deltas
+        ]
+        codebook, scale_in, scale_out = self.effective(absolute)
         return ops.linear(
             x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
         )

@@ -92,7 +92,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
-        return self.base_layer(x, self.deltas(self.active_adapters))
+        return self.base_layer(x, self.running_deltas(self.active_adapters))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

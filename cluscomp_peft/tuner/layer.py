@@ -19,7 +19,7 @@ PEFT's loading hook, or the first `train()`, brings it to units that suit an opt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..codes import ClusterSpec, num_groups
-from ..linear import Delta, refine
+from ..linear import Delta, in_absolute_units, refine
 from ..offloading import offload_hook, stored
+from ..ops import Numbers
 from ..placement import is_whole
 from .config import ClusCompConfig
 from .merging import MergingLayer
@@ -56,13 +57,16 @@ class DeltaWeights(nn.Module):
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
-    def forward(self, unit: torch.Tensor, scale_unit: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, units: torch.Tensor) -> Delta:
         """Codebook [m, n, g] and scales in absolute units, fp32.
 
         A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
         """
-        scales = [None if part is None else part.float() * scale_unit for part in (self.scale_in, self.scale_out)]
-        return self.codebook.float().view(self._shape) * unit, *scales
+        return in_absolute_units(self.numbers(units), self._shape[1])
+
+    def numbers(self, units: torch.Tensor) -> Numbers:
+        """The numbers as they are, which only what no hook brings and takes away may be asked for."""
+        return Numbers(self.codebook, self.scale_in, self.scale_out, units)
 
 
 class DeltaUnits(nn.Module):
@@ -78,8 +82,8 @@ class DeltaUnits(nn.Module):
         super().__init__()
         self.values = _frozen(torch.ones(2, dtype=torch.float32, device=device))
 
-    def forward(self) -> tuple[torch.Tensor, ...]:
-        return self.values.unbind()
+    def forward(self) -> torch.Tensor:
+        return self.values
 
 
 class ClusCompLayer(MergingLayer):
@@ -220,8 +224,17 @@ class ClusCompLayer(MergingLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            found.append(Delta(*self.cluscomp_delta[name](*self.cluscomp_units[name]())))
+            found.append(self.cluscomp_delta[name](self.cluscomp_units[name]()))
         return found
+
+    def running_deltas(self, adapter_names: list[str]) -> Sequence[Delta | Numbers]:
+        """[`deltas`] for a forward pass: a single adapter's are left in units where its numbers stay in place."""
+        names = [name for name in adapter_names if name in self.cluscomp_delta]
+        if len(names) == 1:
+            delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
+            if not any(part._forward_pre_hooks or part._forward_hooks for part in (delta, units)):
+                return [delta.numbers(units.values)]
+        return self.deltas(names)
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
         """Overwrites an adapter's numbers with `total`, given in absolute units."""
