@@ -159,6 +159,37 @@ def test_a_damaged_checkpoint(damage, compressed_dir, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_checkpoint_whose_codes_exceed_the_codebook(compressed, tmp_path):
+    """Every digest is right: the file was made so."""
+    with torch.no_grad():
+        compressed.model.layers[1].mlp.up_proj.codes[3, 0] = 255  # 12 clusters take 4 bits
+    compressed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.codes names centroids beyond the 12"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["peft", "mixin", "state dict"])
+@pytest.mark.parametrize("kind", ["born", "dense"])
+def test_an_adapter_whose_codes_exceed_the_codebook(kind, way, dense_dir, tmp_path, tokens):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config_for(kind))
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        (layer if kind == "dense" else layer.base_layer).codes[3, 0] = 255
+    layer.sign("default")
+    model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(dense_dir)
+    with pytest.raises(ValueError, match="name centroids beyond the 12 of its codebook"):
+        if way == "peft":
+            PeftModel.from_pretrained(base, tmp_path)
+        elif way == "mixin":
+            base.load_adapter(str(tmp_path))
+            logits_of(base, tokens)
+        else:
+            loaded = get_peft_model(base, ClusCompConfig.from_pretrained(tmp_path))
+            loaded.load_state_dict(model.state_dict())
+            logits_of(loaded, tokens)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
+from transformers import DebertaConfig, DebertaModel
 from transformers.pytorch_utils import Conv1D
 
-from cluscomp_peft import ops
-from cluscomp_peft.codes import ClusterSpec, code_bits, fingerprint, num_groups, pack
+from cluscomp_peft import ClusCompConfig, ops
+from cluscomp_peft.codes import ClusterSpec, checksum, code_bits, fingerprint, num_groups, pack
 from cluscomp_peft.linear import ClusteredLinear, Delta, apply_deltas, dense_bits, is_dense_linear, weight_of
 
 IN, OUT, GROUP, CLUSTERS = 10, 13, 3, 6
@@ -189,7 +191,7 @@ def test_merging_is_exact(dtype, scales, blocks, deltas):
     assert layer.fingerprint() == fingerprint_before
     assert layer.spec.scale_in == (scales[0] or any(d.scale_in is not None for d in deltas))
     assert layer.spec.scale_out == (scales[1] or any(d.scale_out is not None for d in deltas))
-    assert layer.spec.num_blocks == math.lcm(blocks, *(len(d.codebook) for d in deltas))
+    assert layer.spec.num_blocks == min(IN, math.lcm(blocks, *(len(d.codebook) for d in deltas)))
 
 
 def test_merging_writes_the_sum_of_the_deltas():
@@ -304,6 +306,31 @@ def test_gradient_reaches_input_and_trained_bias():
     assert torch.equal(layer.bias.grad, torch.full((OUT,), 4.0))
 
 
+def test_modules_that_change_their_input_in_place_train():
+    layer = clustered(bias=True)
+    layer.bias.requires_grad_()
+    x = torch.randn(2, 3, layer.in_features)
+    nn.Sequential(layer, nn.ReLU(inplace=True))(x).sum().backward()
+    assert torch.equal(layer.bias.grad, (layer(x) > 0).sum((0, 1)).float())
+
+
+def test_a_model_that_changes_results_in_place_trains_an_adapter():
+    config = DebertaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    targets = ["in_proj", "pos_proj", "pos_q_proj", "dense"]
+    model = get_peft_model(DebertaModel(config), ClusCompConfig(target_modules=targets, group_size=2, num_clusters=16))
+    model(torch.arange(12).view(2, 6)).last_hidden_state.square().sum().backward()
+    trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert all(grad is not None and grad.any() for name, grad in trained.items() if "in_proj" in name)
+
+
 def test_the_fingerprint_follows_the_codes():
     layer = clustered()
     before = layer.fingerprint()
@@ -316,6 +343,46 @@ def test_the_fingerprint_follows_the_codes():
     assert changed != before
     layer.set_parameter("codes", layer.codes.clone().zero_())
     assert layer.fingerprint() not in (before, changed)
+
+
+def test_the_fingerprint_follows_codes_that_change_in_secret():
+    layer = clustered()
+    seen = {layer.fingerprint()}
+    layer.codes.data[3, 1] ^= 8  # counted by no version
+    seen.add(layer.fingerprint())
+    layer.codes = nn.Parameter(layer.codes.data.clone(), requires_grad=False)
+    layer.codes.data[0, 0] ^= 1
+    replaced = layer.codes.data.numpy()
+    replaced[-1, -1] ^= 1  # past torch
+    seen.add(layer.fingerprint())
+    assert len(seen) == 3
+    # The same memory, taken for other codes: what an allocator does when a model is loaded after another.
+    memory = layer.codes.detach().clone()
+    one, two = clustered(), clustered()
+    for layer in (one, two):
+        layer.codes = nn.Parameter(memory, requires_grad=False)
+    before = one.fingerprint(), two.fingerprint()
+    memory.data.bitwise_xor_(torch.ones_like(memory.data))
+    assert before[0] == before[1]
+    assert one.fingerprint() == two.fingerprint() == fingerprint(memory, OUT, one.spec) != before[0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (9, 8), (64, 1024), (300, 2000)])
+def test_a_checksum_notices_every_flip_and_exchange(size):
+    codes = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, flat = checksum(codes), codes.view(-1)
+    assert checksum(codes.clone()) == checksum(torch.cat([flat.new_zeros(3), flat])[3:].view(size)) == before
+    for index in {0, flat.numel() - 1, flat.numel() // 2, flat.numel() // 3}:
+        for bit in range(8):
+            flat[index] ^= 1 << bit
+            assert checksum(codes) != before
+            flat[index] ^= 1 << bit
+    for distance in (8, 16, 8 * 2**16):
+        if flat.numel() > distance + 8 and not torch.equal(flat[:8], flat[distance : distance + 8]):
+            other = flat.clone()
+            other[:8], other[distance : distance + 8] = flat[distance : distance + 8], flat[:8]
+            assert checksum(other) != before
+    assert checksum(codes) == before
 
 
 def test_casting_the_layer_keeps_the_codes():

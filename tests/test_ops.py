@@ -473,31 +473,92 @@ def test_cast_codes_are_refused(dtype):
         ops.codebook_grad(tokens(2, IN), tokens(2, OUT), given["codes"], given["codebook"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(codebook=torch.zeros(5, 3)), "a codebook has shape"),
-        (dict(codebook=torch.zeros(1, 5, 2)), "codes of shape .* do not belong to 11"),
-        (dict(codebook=torch.zeros(1, 64, 3)), "codes of shape .* do not belong to 11"),
-        (dict(out_features=OUT + 9), "codes of shape .* do not belong to 20"),
-        (dict(codes=torch.zeros(IN, 1, dtype=torch.uint8)), "codes of shape"),
-        (dict(codes=torch.zeros(IN * 2, dtype=torch.uint8)), "codes of shape"),
-        (dict(scale_in=torch.ones(IN + 1)), rf"scale_in must have shape \({IN},\)"),
-        (dict(scale_in=torch.ones(IN, 1)), "scale_in must have shape"),
-        (dict(scale_out=torch.ones(1)), rf"scale_out must have shape \({OUT},\)"),
-    ],
-)
-def test_shapes_that_do_not_belong_together_are_refused(change, message):
-    given = {**parts(), **change}
-    with pytest.raises(ValueError, match=message):
-        linear(tokens(2, IN), given)
-    with pytest.raises(ValueError, match=message):
-        decode(given)
+WRONG = [
+    (dict(codebook=torch.zeros(5, 3)), ValueError, "a codebook has shape"),
+    (dict(codebook=torch.zeros(1, 5, 2)), ValueError, "codes of shape .* do not belong to 11"),
+    (dict(codebook=torch.zeros(1, 64, 3)), ValueError, "codes of shape .* do not belong to 11"),
+    (dict(codebook=torch.zeros(0, 5, 3)), ValueError, "at least one block"),
+    (dict(codebook=torch.zeros(1, 0, 3)), ValueError, "1 to 65536 clusters"),
+    (dict(codebook=torch.zeros(1, 5, 0)), ValueError, "a group_size of 1 to 64"),
+    (dict(codebook=torch.zeros(1, 5, 65)), ValueError, "a group_size of 1 to 64"),
+    (dict(codebook=torch.zeros(1, 2**16 + 1, 3)), ValueError, "1 to 65536 clusters"),
+    (dict(codebook=torch.zeros(1, 5, 3, dtype=torch.int32)), TypeError, "codebook must be floating point"),
+    (dict(out_features=OUT + 9), ValueError, "codes of shape .* do not belong to 20"),
+    (dict(codes=torch.zeros(IN, 1, dtype=torch.uint8)), ValueError, "codes of shape"),
+    (dict(codes=torch.zeros(IN * 2, dtype=torch.uint8)), ValueError, "codes of shape"),
+    (dict(scale_in=torch.ones(IN + 1)), ValueError, rf"scale_in must have shape \({IN},\)"),
+    (dict(scale_in=torch.ones(IN, 1)), ValueError, "scale_in must have shape"),
+    (dict(scale_in=torch.ones(IN, dtype=torch.int64)), TypeError, "scale_in must be floating point"),
+    (dict(scale_out=torch.ones(1)), ValueError, rf"scale_out must have shape \({OUT},\)"),
+    (dict(scale_out=torch.ones(OUT, dtype=torch.complex64)), TypeError, "scale_out must be floating point"),
+    (dict(residual=torch.ones(IN, OUT)), ValueError, rf"residual must have shape \({OUT}, {IN}\)"),
+    (dict(residual=torch.ones(OUT)), ValueError, "residual must have shape"),
+    (dict(residual=torch.ones(OUT, IN, dtype=torch.int8)), TypeError, "residual must be floating point"),
+    (dict(bias=torch.ones(OUT + 1)), ValueError, rf"bias must have shape \({OUT},\)"),
+    (dict(bias=torch.ones(OUT, dtype=torch.int64)), TypeError, "bias must be floating point"),
+]
 
 
-def test_input_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=f"takes {IN} input features"):
-        linear(tokens(2, IN + 1), parts())
+def every_op(given: dict, x: torch.Tensor | None = None):
+    """Calls of each op that takes these parts, bias aside."""
+    x = tokens(2, IN) if x is None else x
+    upstream = torch.ones(2, max(0, given["out_features"]), device=x.device)
+    names = ("codes", "codebook", "scale_in", "scale_out", "residual")
+    return [
+        lambda: linear(x, given),
+        lambda: linear(x.clone().requires_grad_(), given),
+        lambda: decode(given),
+        lambda: ops.codebook_grad(x, upstream, *(given[name] for name in names)),
+    ]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG)
+def test_tensors_that_do_not_belong_together_are_refused(change, error, message):
+    for call in every_op({**parts(), **change})[: 2 if "bias" in change else None]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", ["x", "codes", "codebook", "scale_in", "scale_out", "residual", "bias"])
+def test_tensors_of_several_devices_are_refused(name):
+    """A kernel would take the address of what is on meta, which is 0."""
+    large = dict(shape=(256, 128), scale_in=True, scale_out=True, residual=True, bias=True)
+    for moved in (True, False):
+        given = {"x": tokens(2, 128), **parts(**large)}
+        for key, value in given.items():
+            if isinstance(value, torch.Tensor) and (key == name) == moved:
+                given[key] = value.to("meta")
+        x = given.pop("x")
+        calls = {"x": (0, 1, 3), "bias": (0, 1)}.get(name, (0, 1, 2, 3))
+        for call in (every_op(given, x)[k] for k in calls):
+            with pytest.raises(ValueError, match=r"the codes of this layer are on (meta|cpu), but"):
+                call()
+
+
+def test_a_layer_without_numbers_is_refused_by_name():
+    layer = ClusteredLinear(256, 256, ClusterSpec(4, 64), device="meta")
+    for graph in (False, True):
+        with pytest.raises(ValueError, match="the input is on cpu; what is on meta has no numbers: load"):
+            layer(tokens(1, 256).requires_grad_(graph))
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    given = parts()
+    for size in ((2, IN + 1), (1,), ()):
+        with pytest.raises(ValueError, match=f"takes {IN} input features"):
+            linear(torch.zeros(size), given)
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
+        linear(torch.ones(2, IN, dtype=torch.int64), given)
+    with pytest.raises(ValueError, match="do not belong to -1"):
+        linear(tokens(2, IN), {**given, "codes": torch.zeros(IN, 0, dtype=torch.uint8), "out_features": -1})
+    with pytest.raises(TypeError, match="a weight is decoded to a floating-point dtype"):
+        decode(given, torch.int32)
+    codes, codebook = given["codes"], given["codebook"]
+    for x, upstream in (((2, IN), (3, OUT)), ((2, 3, IN), (2, 3, OUT)), ((IN,), (OUT,)), ((2, IN + 1), (2, OUT))):
+        with pytest.raises(ValueError, match=r"must have shape|input features"):
+            ops.codebook_grad(torch.ones(x), torch.ones(upstream), codes, codebook)
+    with pytest.raises(TypeError, match="grad_output must be floating point"):
+        ops.codebook_grad(tokens(2, IN), torch.ones(2, OUT, dtype=torch.int64), codes, codebook)
 
 
 def test_more_blocks_read_the_block_of_their_channel():

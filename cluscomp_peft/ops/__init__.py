@@ -10,6 +10,10 @@ reference that runs on every device. A faster backend is another kernel of the s
 Autograd of `linear` keeps x, the packed codes, the codebook and the scales; the weight is decoded again in backward,
 so no dense weight outlives a call. The functions [`decode`] and [`linear`] check their arguments and follow autocast;
 call those, not the ops.
+
+A code has b = ceil(log2 n) bits, so where n < 2^b a damaged or hostile file can hold codes that name no centroid. On
+every backend such a code reads as code n - 1, and its gradient goes to entry n - 1: no kernel leaves the codebook's
+memory, and all compute the same. [`has_stray_codes`] finds them, and what loads a file refuses them.
 """
 
 from __future__ import annotations
@@ -19,12 +23,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..codes import code_bits, num_groups, packed_width
+from ..codes import code_bits
 from . import cpu, reference
+from .checks import check, check_gradient
 
-__all__ = ["CODEBOOK_GRAD", "DECODE", "LINEAR", "ROUND_TO", "codebook_grad", "decode", "linear", "round_to"]
+__all__ = [
+    "CODEBOOK_GRAD",
+    "DECODE",
+    "LINEAR",
+    "ROUND_TO",
+    "codebook_grad",
+    "decode",
+    "has_stray_codes",
+    "linear",
+    "round_to",
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -72,7 +88,21 @@ def _(x, grad_output, codes, codebook, scale_in, scale_out, residual):
     )
 
 
-@torch.library.custom_op("cluscomp::linear", mutates_args=())
+def _owned(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A kernel of [`LINEAR`] whose result is no view, which autograd would refuse to see changed in place:
+    `F.linear` gives a view of its product where x has three dimensions, or one, and there is a bias.
+    """
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> torch.Tensor:
+        y = kernel(*args)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # what is viewed has no other owner
+
+    return call
+
+
+@functools.partial(torch.library.custom_op, "cluscomp::linear", mutates_args=())
+@_owned
 def LINEAR(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -145,10 +175,11 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 DECODE.register_kernel("cpu")(cpu.decode)
-LINEAR.register_kernel("cpu")(cpu.linear)
+_linear_here = _owned(cpu.linear)
+LINEAR.register_kernel("cpu")(_linear_here)
 CODEBOOK_GRAD.register_kernel("cpu")(cpu.codebook_grad)
 DECODE.register_kernel("cuda")(_on_cuda("decode"))
-LINEAR.register_kernel("cuda")(_on_cuda("linear"))
+LINEAR.register_kernel("cuda")(_owned(_on_cuda("linear")))
 CODEBOOK_GRAD.register_kernel("cuda")(_on_cuda("codebook_grad"))
 
 
@@ -201,12 +232,15 @@ def decode(
         `torch.Tensor`: [out, in], contiguous, `s_out · (residual + decoded) · s_in` rounded once from fp32.
 
     Raises:
-        TypeError: If the codes are not uint8.
-        ValueError: If shapes do not belong together.
+        TypeError: If the codes are not uint8, or something else is not floating point.
+        ValueError: If tensors are on several devices, or shapes do not belong together.
     """
-    _check(codes, codebook, scale_in, scale_out, out_features)
+    check(None, codes, codebook, scale_in, scale_out, residual, None, out_features)
+    dtype = dtype or codebook.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"a weight is decoded to a floating-point dtype, got {dtype}.")
     with torch.no_grad():
-        return DECODE(codes, codebook, scale_in, scale_out, residual, out_features, dtype or codebook.dtype)
+        return DECODE(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
 
 
 def linear(
@@ -231,34 +265,32 @@ def linear(
         bias (`torch.Tensor`, *optional*): [out].
 
     Raises:
-        TypeError: If the codes are not uint8.
-        ValueError: If shapes do not belong together.
+        TypeError: If the codes are not uint8, or something else is not floating point.
+        ValueError: If tensors are on several devices, or shapes do not belong together.
     """
-    _check(codes, codebook, scale_in, scale_out, out_features)
-    if x.shape[-1] != codes.shape[0]:
-        raise ValueError(f"the layer takes {codes.shape[0]} input features, got x of shape {tuple(x.shape)}.")
-    if residual is not None and residual.shape != (out_features, codes.shape[0]):
-        raise ValueError(f"residual must have shape ({out_features}, {codes.shape[0]}), got {tuple(residual.shape)}.")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
-    device = x.device.type
+    check(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+    device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    op = cpu.linear if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
+    op = _linear_here if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
     return op(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
 
 
 def _runs_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode or subclass that looks on.
+    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode, subclass or transform of
+    `torch.func` that looks on.
 
     The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    tensors = [x, *(other for other in others if other is not None)]
-    if _get_current_dispatch_mode() is not None or any(type(tensor) not in _PLAIN for tensor in tensors):
+    if _get_current_dispatch_mode() is not None or maybe_current_level() is not None:
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    graph = torch.is_grad_enabled()
+    for tensor in (x, *others):
+        if tensor is not None and (type(tensor) not in _PLAIN or (graph and tensor.requires_grad)):
+            return False
+    return True
 
 
 def codebook_grad(
@@ -276,48 +308,25 @@ def codebook_grad(
         Gradients of codebook [m, n, g], scale_in [in] and scale_out [out] (the last two empty where there is no
         scale), fp32, or fp64 for an fp64 x.
     """
-    _check(codes, codebook, scale_in, scale_out, grad_output.shape[-1])
-    if x.shape != (grad_output.shape[0], codes.shape[0]):
-        raise ValueError(f"x must have shape ({grad_output.shape[0]}, {codes.shape[0]}), got {tuple(x.shape)}.")
+    check_gradient(x, grad_output, codes)
+    check(x, codes, codebook, scale_in, scale_out, residual, None, grad_output.shape[1])
     return CODEBOOK_GRAD(x, grad_output, codes, codebook, scale_in, scale_out, residual)
 
 
-def _check(
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    out_features: int,
-) -> None:
-    scales = [None if scale is None else scale.shape for scale in (scale_in, scale_out)]
-    # Compilers look into the function itself, and their symbolic sizes have no hash.
-    check = _check_shapes.__wrapped__ if torch.compiler.is_compiling() else _check_shapes
-    check(codes.dtype, codes.shape, codebook.shape, *scales, out_features)
+def has_stray_codes(codes: torch.Tensor, num_clusters: int, groups: int) -> bool:
+    """Whether codes [in, width] name centroids that a codebook of `num_clusters` does not have.
 
+    Takes as long as one token, because that is what it is: a layer of the groups whose weights are 1 where a code is
+    too large and 0 elsewhere.
 
-@functools.lru_cache(maxsize=1024)
-def _check_shapes(
-    dtype: torch.dtype,
-    codes: torch.Size,
-    codebook: torch.Size,
-    scale_in: torch.Size | None,
-    scale_out: torch.Size | None,
-    out_features: int,
-) -> None:
-    if dtype != torch.uint8:
-        raise TypeError(
-            f"the codes of a clustered weight must stay uint8, got {dtype}: something cast every parameter of "
-            "the model (peft.prepare_model_for_kbit_training and cast_mixed_precision_params do). Load the model "
-            "again and leave such calls out; a clustered model needs none of them."
-        )
-    if len(codebook) != 3:
-        raise ValueError(f"a codebook has shape [blocks, clusters, group_size], got {tuple(codebook)}.")
-    width = packed_width(num_groups(out_features, codebook[2]), code_bits(codebook[1]))
-    if len(codes) != 2 or codes[1] != width:
-        raise ValueError(
-            f"codes of shape {tuple(codes)} do not belong to {out_features} output features and a codebook of "
-            f"shape {tuple(codebook)}, which take {width} bytes for each input channel."
-        )
-    for name, scale, features in (("scale_in", scale_in, codes[0]), ("scale_out", scale_out, out_features)):
-        if scale is not None and scale != (features,):
-            raise ValueError(f"{name} must have shape ({features},), got {tuple(scale)}.")
+    Raises:
+        TypeError, ValueError: As [`linear`] does.
+    """
+    entries = 2 ** code_bits(num_clusters)
+    if num_clusters == entries:
+        return False
+    marks = torch.zeros(1, entries, 1, device=codes.device)
+    marks[:, num_clusters:] = 1
+    with torch.no_grad():
+        found = linear(torch.ones(1, codes.shape[0], device=codes.device), codes, marks, out_features=groups)
+    return bool(found.any())

@@ -212,8 +212,8 @@ def _linear_few(
     if scale_in is None and scale_out is None and not bf16:
         codebook = codebook.to(x.dtype)  # to which `decode` rounds the weight
     packed = packed_for(codes, codebook, out_features, torch.bfloat16 if bf16 else torch.float32)
-    y = torch.empty(tokens, out_features, dtype=torch.float32)
-    fields = {"x": flat.data_ptr(), "tokens": tokens, "y": y.data_ptr(), "y_step": y.stride(0) * 4}
+    y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
+    fields = {"x": flat.data_ptr(), "tokens": tokens, "y": y.data_ptr(), "y_step": out_features * 4}
     if tokens <= _FEWEST_TOKENS:
         # Tasks of equal length, enough of them that a thread which starts late is made up for.
         tasks = min(packed.blocks, 4 * torch.get_num_threads())
@@ -229,7 +229,7 @@ def _linear_few(
         y = torch.mul(y, scale_out.float(), out=y if bias is not None else y.new_empty(y.shape, dtype=x.dtype))
     if bias is not None:
         y += bias.to(x.dtype).float()
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    return y.to(x.dtype)
 
 
 def codebook_grad(
@@ -294,5 +294,8 @@ def _codebook_grad(
             "grad_out": grad_out.data_ptr(),
         }
         _run("scatter", tasks, scratch, packed, fields)
-    grad_codebook = tables.sum(0)[:, : codebook.shape[1], : packed.group].contiguous()
+    table, clusters = tables.sum(0)[..., : packed.group], codebook.shape[1]
+    grad_codebook = table[:, :clusters].contiguous()
+    if clusters < table.shape[1]:
+        grad_codebook[:, -1] += table[:, clusters:].sum(1)  # what damaged codes collected
     return grad_codebook, grad_in, grad_out.sum(0)

@@ -55,12 +55,14 @@ class Packed:
         self._safe = max(0, self.in_features - -(-beyond // width))
         self._tail_bytes = (self.in_features - self._safe) * width
         tail = torch.zeros(self._tail_bytes + beyond, dtype=torch.uint8)
-        # A row for every code there can be: damaged codes, and the bits behind the last code of a row, read a NaN
-        # instead of foreign memory.
+        # A row for every code there can be: damaged ones, and the bits behind the last code of a row, must not reach
+        # foreign memory. They read the last centroid.
         rows = self.codebooks << self.bits
         self.table_shape = (self.codebooks, 1 << self.bits, self.lanes)
         flat = torch.full((rows * self.lanes + _OVERREAD,), torch.nan, dtype=dtype)
-        self._centroids = flat[: rows * self.lanes].view(self.table_shape)[:, :clusters, : self.group]
+        table = flat[: rows * self.lanes].view(self.table_shape)[..., : self.group]
+        self._centroids, self._last = table[:, :clusters], table[:, clusters - 1 : clusters]
+        self._beyond = table[:, clusters:] if clusters < 1 << self.bits else None
         self.table_bytes = flat.nbytes
         self._place = 0
         self._arguments: dict[str, Any] = {}
@@ -91,6 +93,8 @@ class Packed:
         else:
             function, rows = self._table_loop
             function(codebook.data_ptr(), self.codebooks, rows, fields["table"], fields["table_bytes"])
+        if self._beyond is not None:
+            self._beyond.copy_(self._last)
 
     def _chosen_loop(self, clusters: int, stored: torch.dtype, dtype: torch.dtype) -> tuple[Any, int] | None:
         """The compiled loop that makes a table of codebooks of a dtype, and the rows it moves, if there is one."""

@@ -119,7 +119,10 @@ def _tiles(codes: torch.Tensor, out_features: int) -> list[tuple[int, int]]:
 def _indices(codes: torch.Tensor, codebook: torch.Tensor, groups: int, start: int, stop: int) -> torch.Tensor:
     """Rows of the codebooks laid end to end, for the input channels [start, stop): [channels · groups], int32."""
     blocks, clusters = codebook.shape[0], codebook.shape[1]
-    index = unpack(codes[start:stop], code_bits(clusters), groups)
+    bits = code_bits(clusters)
+    index = unpack(codes[start:stop], bits, groups)
+    if clusters < 2**bits:
+        index = index.clamp(max=clusters - 1)
     if blocks > 1:
         index = index + block_offsets(codes.shape[0], blocks, clusters, codes.device)[start:stop, None]
     return index.reshape(-1)

@@ -1,7 +1,7 @@
 """Kernels for codebooks that fit into a multiprocessor's shared memory, in CUDA C++: `kernels/*.cu`.
 
-A gather from shared memory takes a fraction of one through L1, and few tokens are multiplied by tensor cores while the
-weights are in registers. Each function says by None that it does not take a case; `cuda.py` then asks Triton's kernels.
+A gather from shared memory takes a fraction of one through L1, and few tokens are multiplied by tensor cores while
+the weights are in registers. Each function says by None that it does not take a case; `cuda.py` then asks Triton's.
 
     linear     up to 64 tokens in bf16 or fp16. Scales of the inputs are multiplied into x, which is rounded again, and
                those of the outputs into the sums; so few tokens of a scaled matrix see weights that are not rounded.
@@ -30,7 +30,6 @@ __all__ = ["MAX_TOKENS", "codebook_grad", "decode", "linear"]
 MAX_TOKENS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WARPS = 8
-_MIN_BLOCKS = 1
 _STAGES = 4  # units of codes that are on their way from memory at once
 _MAX_WORDS = 8  # of an entry of the table
 _COPIES_BYTES = 64 << 10  # that copies of a table may take
@@ -51,9 +50,7 @@ _LINEAR = _arguments(
     "x packed codebook scale_in y",
     "tokens in_features width clusters blocks tiles units codebook_dtype scale_dtype",
 )
-_FINISH = _arguments(
-    "sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype"
-)
+_FINISH = _arguments("sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype")
 _DECODE = _arguments(
     "packed codebook scale_in scale_out weight",
     "in_features out_features groups width clusters blocks tiles units codebook_dtype scale_in_dtype scale_out_dtype",
@@ -154,9 +151,7 @@ class _LinearPlan(NamedTuple):
 
 def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
     group_size, wide = case.group_size, 1 << (-(-tokens // 8) - 1).bit_length()
-    each = [
-        k for k in (8, 4, 2) if 2 * k * group_size * wide <= (_ACCUMULATORS if k > 2 else _ACCUMULATORS * 4 // 3)
-    ]
+    each = [k for k in (8, 4, 2) if 2 * k * group_size * wide <= (_ACCUMULATORS if k > 2 else _ACCUMULATORS * 4 // 3)]
     words = -(-group_size // 2)
     if not each or words > _MAX_WORDS:
         return None
@@ -164,7 +159,7 @@ def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
     macros = case.table(case.dtype, 1, per_lane)
     unit = _WARPS * 16
     pieces = -(-per_lane * case.bits // 16) if macros["ALIGNED"] else (per_lane * case.bits + 30) // 16
-    stage = 4 * (unit * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * (unit + 8) // 2 + unit * scaled)
+    stage = 4 * _WARPS * (16 * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * 12 + 16 * scaled)
     sums = 4 * _WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4)
     room = _shared_memory(case.device) - sums - 16
     copies = _copies(words, case, room - _STAGES * stage)
@@ -172,15 +167,14 @@ def _plan_linear(case: _Case, tokens: int) -> _LinearPlan | None:
         return None
     shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + _STAGES * stage + sums
     macros |= {
-        "COPIES": copies, "NT": wide, "WK": _WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1),
-        "MIN_BLOCKS": _MIN_BLOCKS,
+        "COPIES": copies, "NT": wide, "WK": _WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1)
     }  # fmt: skip
     multiply = _function("linear", "table_linear", macros, _LINEAR, case.device, _shared_memory(case.device))
     finish = _function("linear", "finish", macros, _FINISH, case.device, 0)
     tiles, units = -(-case.groups // (8 * per_lane)), -(-case.channels // unit)
     total = case.blocks * tiles * units
     parts = min(total, _processors(case.device) * min(2, multiply.occupancy(32 * _WARPS, shared)))
-    if total * (parts + 1) >= _MOST_UNITS:
+    if max(total * (parts + 1), case.in_features * case.groups * case.bits // 8) >= _MOST_UNITS - (1 << 20):
         return None
     outputs = 8 * per_lane * group_size
     return _LinearPlan(multiply, finish, tiles, units, parts, parts + case.blocks * tiles, outputs, shared)

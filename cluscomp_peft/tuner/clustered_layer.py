@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from ..codes import ClusterSpec, value_fingerprint
-from ..linear import ClusteredLinear
+from ..linear import ClusteredLinear, apply_deltas
 from ..offloading import execution_device
 from ..placement import is_whole
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, refuse_non_finite, root_mean_square
+from .layer import ClusCompLayer, root_mean_square
 
 __all__ = ["BASE_TENSORS", "ClusCompLinear"]
 
-BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
+VALUES = ("codebook", "scale_in", "scale_out")
+BASE_TENSORS = ("codes", *VALUES)
 
 
 class ClusCompLinear(ClusCompLayer, nn.Module):
@@ -48,7 +49,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         self._add(adapter_name, config, spec or self.base_spec())
 
     def base_spec(self) -> ClusterSpec:
-        codebook, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in VALUES)
         assert codebook is not None
         return ClusterSpec.of(codebook, scale_in, scale_out)
 
@@ -56,7 +57,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         return self.base_layer.fingerprint()
 
     def codebook_fingerprint(self) -> str | None:
-        parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]
+        parts = [self.base_tensor(name) for name in VALUES]
         if all(part is None or is_whole(part) for part in parts):
             self._codebook_digest = value_fingerprint(parts)
         return self._codebook_digest
@@ -78,13 +79,12 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             spec = ClusterSpec.of(*self.base_layer.effective(self.deltas(self.active_adapters)))
         return spec.num_bytes(self.in_features, self.out_features, self.base_layer.codebook.element_size())
 
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        deltas = self.deltas(adapter_names)
-        if safe_merge:
-            with torch.no_grad():
-                refuse_non_finite(self.base_layer.effective(deltas), adapter_names)
-        self._keep(("codebook", "scale_in", "scale_out"))
-        self.base_layer.merge(deltas)
+    def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in VALUES)
+        assert codebook is not None
+        values = apply_deltas(codebook, scale_in, scale_out, self.deltas(adapter_names), self.in_features)
+        pairs = zip(VALUES, values, strict=True)
+        return {name: None if value is None else value.to(codebook.dtype) for name, value in pairs}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with the active adapters for x [..., in]: [..., out]."""

@@ -10,7 +10,7 @@ constexpr int TILE = 8 * CPL;
 constexpr int UNIT = WK * STEPS * 16;
 constexpr int THREADS = WK * 32;
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 table_decode(const u8* packed, const void* codebook, const void* scale_in, const void* scale_out, u16* weight, int in_features,
              int out_features, int groups, int width, int clusters, int blocks, int tiles, int units, int codebook_dtype,
              int scale_in_dtype, int scale_out_dtype) {

@@ -15,15 +15,17 @@
 // an equal, connected part of it; what it has of a tile it writes as a sum of its own, and `finish` adds those up in
 // order. So a shape and a device always give the same bytes, and all processors are busy.
 //
-// Codes and x of a unit come to shared memory some units ahead, in pieces of 16 bytes. A row of codes starts anywhere:
-// its pieces are those that it touches, and ROW_WORDS, an odd multiple of four, spreads the rows over the banks.
+// A unit has UNIT channels, 16 for each warp. A warp brings its own codes, x and scales to shared memory some units
+// ahead, in pieces of 16 bytes, and waits for no other: the warps drift apart, so that while some compute addresses
+// others read tables. A row of codes starts anywhere: its pieces are those that it touches, and ROW_WORDS, an odd
+// multiple of four, spreads the rows over the banks.
 constexpr int PAIRS = CPL / 2;
 constexpr int TILE = 8 * CPL;           // groups
 constexpr int UNIT = WK * 16;           // channels
 constexpr int THREADS = WK * 32;
 constexpr int PIECES = ALIGNED ? (CPL * B + 15) / 16 : (CPL * B + 30) / 16;  // of a row of codes, CPL · B bytes
 constexpr int ROW_WORDS = PIECES % 2 ? 4 * PIECES : 4 * PIECES + 4;
-constexpr int ROW = UNIT + 8;           // numbers of a token of x; 16 bytes more than the banks: no two collide
+constexpr int ROW = 24;                 // numbers of a token of x, of which 16 count; 48 bytes: no two banks collide
 constexpr int KEPT = CPL * G;           // outputs of a lane's row of 8
 constexpr int LINE = KEPT * 8 + 4;      // numbers of a token in the sums of a warp
 
@@ -59,16 +61,18 @@ __device__ __forceinline__ void copy_piece(void* target, const void* source, int
 }
 
 // x [tokens, in], y [slots, tokens, TILE · G] fp32. Grid: parts of the line.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 table_linear(const u16* x, const u8* packed, const void* codebook, const void* scale_in, float* y, int tokens, int in_features,
              int width, int clusters, int blocks, int tiles, int units, int codebook_dtype, int scale_dtype) {
     extern __shared__ __align__(16) u32 shared[];
     u32* table = shared;
     u32* stages = shared + (table_words(clusters) + 3) / 4 * 4;
-    const int stage_words = UNIT * ROW_WORDS + tokens * (ROW / 2) + (SCALED ? UNIT : 0);
-    float* sums = (float*)(stages + STAGES * stage_words);  // [WK, min(tokens, 8), LINE]
+    const int buffer_words = 16 * ROW_WORDS + tokens * (ROW / 2) + (SCALED ? 16 : 0);  // of a warp
+    float* sums = (float*)(stages + STAGES * WK * buffer_words);                       // [WK, min(tokens, 8), LINE]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n = lane >> 2, q = lane & 3, copy = lane % COPIES;
-    const u8* codes_end = packed + (size_t)in_features * width;
+    const int skew = (int)((size_t)packed & 15);
+    const u8* codes = packed - skew;
+    const u32 codes_end = skew + (u32)in_features * width;  // below 2^31
     const int scale_size = scale_dtype == FP32 ? 4 : 2;
     const bool wide = in_features % 8 == 0 && ((size_t)x & 15) == 0 && ((size_t)scale_in & 15) == 0;
 
@@ -80,41 +84,41 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
     set_block(here, here.virtual_tile / tiles, blocks, in_features);
     Unit ahead = here;
 
-    auto stage = [&](int at) {  // unit `ahead` to its buffer; x is 0 beyond its codebook's channels
-        u32* buffer = stages + (at - begin) % STAGES * stage_words;
-        const int channel = ahead.from + ahead.k * UNIT;
-        const u8* tile = packed + ahead.tile * (CPL * B);
+    auto buffer_of = [&](int at) { return stages + ((at - begin) % STAGES * WK + warp) * buffer_words; };
+    auto stage = [&](int at) {  // the warp's part of unit `ahead`; 0 beyond the codes, and where x's codebook ends
+        u32* buffer = buffer_of(at);
+        const int channel = ahead.from + ahead.k * UNIT + warp * 16;
+        const u32 tile = skew + ahead.tile * (CPL * B);
         #pragma unroll
-        for (int index = threadIdx.x; index < UNIT * PIECES; index += THREADS) {
+        for (int index = lane; index < 16 * PIECES; index += 32) {
             const int r = index / PIECES, piece = index % PIECES;
-            const u8* row = tile + (size_t)min(channel + r, in_features - 1) * width;
-            const u8* source = (const u8*)((size_t)row & ~(size_t)15) + 16 * piece;
-            copy_piece(buffer + r * ROW_WORDS + 4 * piece, source < codes_end ? source : packed, source < codes_end ? 16 : 0);
+            const u32 row = tile + (u32)(channel + r) * width, source = (ALIGNED ? row : row & ~15u) + 16 * piece;
+            const bool there = channel + r < in_features && source < codes_end;
+            copy_piece(buffer + r * ROW_WORDS + 4 * piece, codes + (there ? source : 0), there ? 16 : 0);
         }
-        u16* numbers = (u16*)(buffer + UNIT * ROW_WORDS);
-        u32* scales = buffer + UNIT * ROW_WORDS + tokens * (ROW / 2);
+        u16* numbers = (u16*)(buffer + 16 * ROW_WORDS);
+        u32* scales = buffer + 16 * ROW_WORDS + tokens * (ROW / 2);
         if (wide && channel % 8 == 0) {
-            for (int index = threadIdx.x; index < tokens * (UNIT / 8); index += THREADS) {
-                const int token = index / (UNIT / 8), k = index % (UNIT / 8) * 8;
-                const int size = max(0, min(8, ahead.limit - channel - k)) * 2;
+            for (int index = lane; index < 2 * tokens; index += 32) {
+                const int token = index / 2, k = index % 2 * 8, size = max(0, min(8, ahead.limit - channel - k)) * 2;
                 copy_piece(numbers + token * ROW + k, size > 0 ? x + (size_t)token * in_features + channel + k : x, size);
             }
-            if (SCALED && threadIdx.x < UNIT * scale_size / 16) {
-                const int k = threadIdx.x * (16 / scale_size), size = max(0, min(16, (in_features - channel - k) * scale_size));
-                copy_piece(scales + threadIdx.x * 4, size > 0 ? (const u8*)scale_in + (size_t)(channel + k) * scale_size : scale_in, size);
+            if (SCALED && lane < scale_size) {
+                const int k = lane * (16 / scale_size), size = max(0, min(16, (in_features - channel - k) * scale_size));
+                copy_piece(scales + lane * 4, size > 0 ? (const u8*)scale_in + (size_t)(channel + k) * scale_size : scale_in, size);
             }
         } else {
-            for (int index = threadIdx.x; index < tokens * UNIT; index += THREADS) {
-                const int token = index / UNIT, k = index % UNIT;
+            for (int index = lane; index < 16 * tokens; index += 32) {
+                const int token = index / 16, k = index % 16;
                 numbers[token * ROW + k] = channel + k < ahead.limit ? x[(size_t)token * in_features + channel + k] : 0;
             }
-            if (SCALED)
-                for (int k = threadIdx.x; k < UNIT; k += THREADS) {
-                    const int i = min(channel + k, in_features - 1);
-                    if (scale_dtype == FP32) scales[k] = ((const u32*)scale_in)[i];
-                    else ((u16*)scales)[k] = ((const u16*)scale_in)[i];
-                }
+            if (SCALED && lane < 16) {
+                const int i = min(channel + lane, in_features - 1);
+                if (scale_dtype == FP32) scales[lane] = ((const u32*)scale_in)[i];
+                else ((u16*)scales)[lane] = ((const u16*)scale_in)[i];
+            }
         }
+        advance(ahead, units, tiles, blocks, in_features);
     };
 
     float total_of[PAIRS][G][NT][4];
@@ -131,43 +135,36 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
     clear();
     #pragma unroll 1
     for (int at = begin; at < begin + STAGES - 1; at++) {
-        if (at < end) {
-            stage(at);
-            advance(ahead, units, tiles, blocks, in_features);
-        }
+        if (at < end) stage(at);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     int block = -1;
     #pragma unroll 1
     for (int at = begin; at < end; at++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-        __syncthreads();  // this unit is there, and all are done with the one before, whose buffer is free
-        if (at + STAGES - 1 < end) {
-            stage(at + STAGES - 1);
-            advance(ahead, units, tiles, blocks, in_features);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
         if (here.block != block) {
+            __syncthreads();  // nobody reads the table before
             block = here.block;
             fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
             __syncthreads();
         }
-        const u32* buffer = stages + (at - begin) % STAGES * stage_words;
-        const int k = warp * 16 + 2 * q;
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        __syncwarp();  // this unit is there, for all lanes
+        const u32* buffer = buffer_of(at);
+        const int k = 2 * q;
         Codes now;
         #pragma unroll
         for (int r = 0; r < 4; r++) {
             const int row = k + r % 2 + r / 2 * 8;
             int bit = n * (CPL * B);
             if (!ALIGNED) {
-                const u32 i = min(here.from + here.k * UNIT + row, in_features - 1);
-                bit += (((u32)(size_t)packed + i * (u32)width + here.tile * (CPL * B)) & 15) * 8;
+                const u32 channel = here.from + here.k * UNIT + warp * 16 + row;
+                bit += ((skew + here.tile * (CPL * B) + channel * width) & 15) * 8;
                 now.shift[r] = bit & 31;
             }
             #pragma unroll
             for (int w = 0; w < LOADED; w++) now.words[r][w] = buffer[row * ROW_WORDS + (bit >> 5) + w];
         }
-        const u16* numbers = (const u16*)(buffer + UNIT * ROW_WORDS) + k;
+        const u16* numbers = (const u16*)(buffer + 16 * ROW_WORDS) + k;
         uint2 right[NT];
         #pragma unroll
         for (int t = 0; t < NT; t++) {
@@ -177,7 +174,7 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
             right[t].y = there ? *(const u32*)(numbers + token * ROW + 8) : 0;
         }
         if (SCALED) {
-            const u32* scales = buffer + UNIT * ROW_WORDS + tokens * (ROW / 2);
+            const u32* scales = buffer + 16 * ROW_WORDS + tokens * (ROW / 2);
             float scale[4];
             #pragma unroll
             for (int r = 0; r < 4; r++) scale[r] = number(scales, k + r % 2 + r / 2 * 8, scale_dtype);
@@ -204,6 +201,9 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
                 for (int t = 0; t < NT; t++) multiply(total_of[p][j][t], a0, a1, a2, a3, right[t].x, right[t].y);
             }
         }
+        __syncwarp();  // all lanes are done with the buffer of this unit, which is filled next
+        if (at + STAGES - 1 < end) stage(at + STAGES - 1);
+        asm volatile("cp.async.commit_group;" ::: "memory");
         if (at + 1 == end || here.k + 1 == units) {
             // -- the warps' sums of this tile, added in order; LINE keeps them apart in the banks
             const int kept = ONE ? 1 : min(tokens, 8);
@@ -233,6 +233,7 @@ table_linear(const u16* x, const u8* packed, const void* codebook, const void* s
                     target[(size_t)(t * 8 + token) * KEPT * 8 + place] = sum;
                 }
             }
+            __syncthreads();  // the sums' place is free for the next tile
             clear();
         }
         advance(here, units, tiles, blocks, in_features);
