@@ -29,7 +29,7 @@ def kernels_run(steps: Steps) -> dict:
     parts = (layer.codes, layer.codebook, layer.scale_in, layer.scale_out)
     exact = reference.decode(*parts, None, layer.out_features, torch.float32)
     check(torch.equal(layer.decode(torch.bfloat16), exact.bfloat16()), "decode is not the reference's weight")
-    for tokens in (1, 5, 16, 40):
+    for tokens in (*LENGTHS, 16):
         x = torch.randn(tokens, layer.in_features, device=steps.device).bfloat16()
         wanted = x.float() @ exact.t()
         with torch.no_grad():
