@@ -196,21 +196,43 @@ class _Adapted(torch.autograd.Function):
         grad_x, *grads, _, grad_bias = gradients(backend.decode, backend.codebook_grad, saved, grad_output, asked)
         bias_dtype, *dtypes = ctx.dtypes
         found: list[torch.Tensor | None] = [None, None, None]
-        if wants[6]:
-            found[0] = (grads[0] * units[0]).view(ctx.shape).to(dtypes[0])
-        for place, scale in ((1, scale_in), (2, scale_out)):
-            if wants[6 + place]:
-                factor = units[1] if scale is None else scale.to(units.dtype) * units[1]
-                found[place] = (grads[place] * factor).to(dtypes[place])
+        if asked[1]:
+            found = _of_numbers(backend, grads, values[0].dtype, scale_in, scale_out, units, dtypes)
+            found[0] = found[0].view(ctx.shape)  # type: ignore[union-attr]
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias_dtype)
         return grad_x, None, None, None, None, grad_bias, *found, None, None
+
+
+def _of_numbers(
+    backend: _Backend,
+    grads: list[Any],
+    codebook_dtype: torch.dtype,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    units: torch.Tensor,
+    dtypes: list[torch.dtype | None],
+) -> list[torch.Tensor | None]:
+    """Gradients of an adapter's numbers, of these dtypes or absent, from those of what [`_effective`] makes."""
+    trained = (dtypes[1] is not None, dtypes[2] is not None)
+    if dtypes[0] == torch.float32 and backend.effective_backward(
+        grads, codebook_dtype, scale_in, scale_out, units, trained
+    ):
+        return [grads[0], *(grad if wanted else None for grad, wanted in zip(grads[1:], trained, strict=True))]
+    found: list[torch.Tensor | None] = [(grads[0] * units[0]).to(dtypes[0])]
+    for grad, scale, dtype in zip(grads[1:], (scale_in, scale_out), dtypes[1:], strict=True):
+        factor = units[1] if scale is None else scale.to(units.dtype) * units[1]
+        found.append(None if dtype is None else (grad * factor).to(dtype))
+    return found
 
 
 def _effective(
     codebook: torch.Tensor, scale_in: torch.Tensor | None, scale_out: torch.Tensor | None, numbers: Numbers
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Codebook and scales with the adapter, in the codebook's dtype; see the module docstring."""
+    found = _backend(codebook).effective(codebook, scale_in, scale_out, *numbers)
+    if found is not None:
+        return found
     present, clusters, group_size = codebook.shape
     delta = numbers.codebook.float().view(-1, clusters, group_size) * numbers.units[0]
     base = codebook.float()
@@ -231,6 +253,8 @@ class _Backend(NamedTuple):
     linear: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
     codebook_grad: Callable[..., tuple[torch.Tensor, ...]]
+    effective: Callable[..., tuple | None]  # one launch for what [`_effective`] does, if it takes the case
+    effective_backward: Callable[..., bool]
 
 
 def _backend(tensor: torch.Tensor) -> _Backend:
@@ -239,11 +263,11 @@ def _backend(tensor: torch.Tensor) -> _Backend:
 
 @functools.cache
 def _on_cpu() -> _Backend:
-    return _Backend(owned(cpu.linear), cpu.decode, cpu.codebook_grad)
+    return _Backend(owned(cpu.linear), cpu.decode, cpu.codebook_grad, lambda *_: None, lambda *_: False)
 
 
 @functools.cache
 def _on_cuda() -> _Backend:
     from . import cuda  # by the first call on a device, because it imports Triton
 
-    return _Backend(owned(cuda.linear), cuda.decode, cuda.codebook_grad)
+    return _Backend(owned(cuda.linear), cuda.decode, cuda.codebook_grad, cuda.effective, cuda.effective_backward)
