@@ -32,7 +32,7 @@ from ..offloading import hooks_of, offload_hook
 from .checkpoint import check_tensors
 from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
-from .refusals import refuse_non_finite, refuse_offloading, refuse_tensor_parallel
+from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -232,6 +232,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        refuse_adapters(name for name, _ in clustered_linears(model))
         for name, module in list(clustered_linears(model)):
             model.set_submodule(name, module.to_dense(dtype or model.dtype))
         return model

@@ -88,6 +88,7 @@ class ClusCompModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
+        peft_config.check()
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             peft_config.target_modules = self._default_targets(peft_config)
@@ -297,6 +298,12 @@ class ClusCompModel(BaseTuner):
             if isinstance(layer, ClusCompLayer) and any(adapter in layer.cluscomp_delta for adapter in adapters)
         }
         configs = [self.peft_config[name] for name in adapters]
+        whole = [name for name in adapters if _trains_whole(self.peft_config[name])]
+        if whole:
+            raise ValueError(
+                f"adapter {whole[0]!r} trains modules or tokens whole (modules_to_save, trainable_token_indices), of "
+                "which there is no sum; merge the adapters one after another instead."
+            )
         config = copy.copy(configs[0])
         config.settle()
         config.target_modules, config.init_weights = set(layers), True
@@ -351,3 +358,7 @@ class ClusCompModel(BaseTuner):
 def _present_name(key: str) -> str:
     """The key of a file as it is called now; transformers' loader knows ours by the prefix, which digests had not."""
     return key.removesuffix("code_digest") + "cluscomp_code_digest" if key.endswith(".code_digest") else key
+
+
+def _trains_whole(config: ClusCompConfig) -> bool:
+    return bool(config.modules_to_save or config.trainable_token_indices)
