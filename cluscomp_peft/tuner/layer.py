@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
@@ -27,6 +28,7 @@ from torch import nn
 
 from .. import ops
 from ..codes import ClusterSpec, num_groups
+from ..lazy_weight import LazyWeight
 from ..linear import Delta
 from ..offloading import offload_hook, store, stored
 from ..placement import is_sharded, is_whole
@@ -73,6 +75,8 @@ class ClusCompLayer(BaseTunerLayer):
     dense_born: bool = True
     # Whether ZeRO-3 had partitioned the dense weight when the layer was made.
     was_partitioned: bool = False
+    # Where the layer stands in the model, for errors.
+    layer_name: str = ""
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, device: torch.device) -> None:
         self.base_layer = base_layer
@@ -365,6 +369,22 @@ class ClusCompLayer(BaseTunerLayer):
         return stored(self.base_layer, name)
 
     # -- forward
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For model code that asks for a weight's dtype or device. Adapters are no part of it: while they are active,
+        whoever computes with it instead of calling the layer is refused."""
+        if torch.compiler.is_compiling() or self._runs_as_base():
+            return self.base_layer.weight
+        base = self.base_layer.weight
+        return LazyWeight(tuple(base.shape), base.dtype, base.device, self._refuse_weight)
+
+    def _refuse_weight(self) -> NoReturn:
+        raise RuntimeError(
+            f"the model computes with the weight of {self.layer_name or 'a layer'} ({self.out_features} x "
+            f"{self.in_features}) instead of calling the layer, so an adapter there has no effect and gets no "
+            "gradient. Leave the layer out with exclude_modules, or merge the adapter first."
+        )
 
     def _runs_as_base(self) -> bool:
         """Whether the base layer alone gives the output now."""
