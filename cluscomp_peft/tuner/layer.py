@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..codes import ClusterSpec, num_groups
+from ..lazy_weight import LazyWeight
 from ..linear import Delta, in_absolute_units, refine
 from ..offloading import offload_hook, stored
 from ..ops import Numbers
@@ -97,6 +98,8 @@ class ClusCompLayer(MergingLayer):
     dense_born: bool = True
     # Whether ZeRO-3 had partitioned the dense weight when the layer was made.
     was_partitioned: bool = False
+    # Where the layer stands in the model, for errors.
+    layer_name: str = ""
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, device: torch.device) -> None:
         self.base_layer = base_layer
@@ -381,6 +384,22 @@ class ClusCompLayer(MergingLayer):
             )
 
     # -- forward
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For model code that asks for a weight's dtype or device. Adapters are no part of it: while they are active,
+        whoever computes with it instead of calling the layer is refused."""
+        if torch.compiler.is_compiling() or self._runs_as_base():
+            return self.base_layer.weight
+        base = self.base_layer.weight
+        return LazyWeight(tuple(base.shape), base.dtype, base.device, self._refuse_weight)
+
+    def _refuse_weight(self) -> NoReturn:
+        raise RuntimeError(
+            f"the model computes with the weight of {self.layer_name or 'a layer'} ({self.out_features} x "
+            f"{self.in_features}) instead of calling the layer, so an adapter there has no effect and gets no "
+            "gradient. Leave the layer out with exclude_modules, or merge the adapter first."
+        )
 
     def _runs_as_base(self) -> bool:
         """Whether the base layer alone gives the output now."""

@@ -175,7 +175,9 @@ class ClusCompModel(BaseTuner):
         saved: ClusterSpec | None,
     ) -> ClusCompLayer:
         if isinstance(target, ClusteredLinear):
-            return ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
+            clustered = ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
+            clustered.layer_name = name
+            return clustered
         weight, made = target.weight, self._made.pop(name, None)
         spec = saved or spec_of(name, target, config)
         layer: ClusCompLayer
@@ -185,13 +187,13 @@ class ClusCompModel(BaseTuner):
             # Codes may come with the file. Built apart from init_empty_weights' patched registration.
             made = made or empty_layer(target, spec, codebook_dtype(target, config))
             layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
-        layer.was_partitioned = is_partitioned(weight)
+        layer.was_partitioned, layer.layer_name = is_partitioned(weight), name
         if not config.expects_weights:
             layer.note_base(adapter_name)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would read child.weight, which a clustered layer decodes at every access.
+        # PEFT's own would read child.weight.
         if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be taken back
             self._replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
