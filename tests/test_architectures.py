@@ -64,6 +64,13 @@ MODELS = {
             lru_width=32, head_dim=8, attention_window_size=8,
         )
     ),
+    "zamba 2": lambda: hf.Zamba2ForCausalLM(  # whose hybrid layers share a transformer
+        hf.Zamba2Config(
+            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], mamba_d_state=8, n_mamba_heads=4,
+            mamba_headdim=16, mamba_ngroups=1, num_mem_blocks=1, chunk_size=8, adapter_rank=4,
+        )
+    ),
     "gemma 3 with images": lambda: hf.Gemma3ForConditionalGeneration(
         hf.Gemma3Config(
             text_config=dict(**TEXT, head_dim=8, sliding_window=8), **IMAGES, mm_tokens_per_image=4,

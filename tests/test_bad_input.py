@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import shutil
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 
 from .conftest import BORN, config_for, logits_of, tiny_llama
 
@@ -502,3 +504,22 @@ def test_a_model_compressed_on_the_fly_can_be_copied(dense_dir, tokens, monkeypa
     config = ClusCompQuantizationConfig(**BORN)
     model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
     assert torch.equal(logits_of(copy.deepcopy(model), tokens), logits_of(model, tokens))
+
+
+def test_an_interrupted_load_leaves_no_threads(dense_dir, monkeypatch):
+    before, submit, calls = set(threading.enumerate()), ClusCompHfQuantizer.submit, []
+
+    def interrupting(self, *args):
+        calls.append(self)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        submit(self, *args)
+
+    monkeypatch.setattr(ClusCompHfQuantizer, "submit", interrupting)
+    with pytest.raises(KeyboardInterrupt) as held:  # whose traceback holds everything that was made
+        AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=ClusCompQuantizationConfig(**BORN))
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon:
+            thread.join(30)  # what is at work comes to its end
+            assert not thread.is_alive()
+    assert held.value is not None and len(calls) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import tracemalloc
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ DOCUMENTS = ["w1 w2\nw3", "w4 w5", "user: w6\nassistant: w7 é"]
 
 def write(path, text: str) -> str:
     data = text.encode()
-    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+    path.write_bytes(lzma.compress(data) if path.suffix.lower() == ".xz" else data)
     return str(path)
 
 
@@ -33,7 +34,10 @@ def jsonl(rows: list) -> str:
 # -- read_documents
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.xz", "rows.json.xz"])
+NAMES = ["rows.jsonl", "rows.json", "rows.ndjson", "ROWS.JSONL", "rows.Json"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}.xz" for name in NAMES), "rows.jsonl.XZ"])
 def test_a_row_of_any_known_shape_is_one_document_and_blank_lines_are_none(tmp_path, name):
     assert read_documents(write(tmp_path / name, jsonl(ROWS))) == DOCUMENTS
 
@@ -52,6 +56,41 @@ def test_messages_go_through_the_chat_template_of_the_tokenizer(tmp_path, tokeni
 
 def test_a_tokenizer_without_a_template_reads_messages_as_turns(tmp_path, tokenizer):
     assert read_documents(write(tmp_path / "rows.jsonl", jsonl(ROWS)), tokenizer) == DOCUMENTS
+
+
+PARTS = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "w6 "}, "w8"]},
+        {"role": "assistant", "content": "w7"},
+    ]
+}
+
+
+def test_a_message_in_parts_is_the_text_of_its_parts(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", jsonl([PARTS]))
+    assert read_documents(path) == ["user: w6 w8\nassistant: w7"]
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    assert read_documents(path, tokenizer) == ["<user>w6 w8<assistant>w7"]
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m['content'] %}[{{ part.text or part }}]{% endfor %}{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert read_documents(path, tokenizer) == ["<user>[w6 ][w8]<assistant>w7"]
+
+
+@pytest.mark.parametrize("name", ["bomb.txt.xz", "bomb.jsonl.xz"])
+def test_a_file_that_unpacks_to_more_than_text_does_is_refused(tmp_path, name):
+    """A hundred million characters in 15 kB; no more of them is held than the limit."""
+    path = tmp_path / name
+    path.write_bytes(lzma.compress(b"a" * 100_000_000, preset=0))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{name} unpacks to more than 16,777,216 characters"):
+            read_documents(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 64_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_rows_of_white_space_are_left_out(tmp_path):
@@ -108,6 +147,10 @@ def test_text_that_is_not_utf8_is_refused(tmp_path, name):
         ('"w1"', "has none of `text`"),
         ('{"messages": [{"role": "user"}]}', "without `role` and `content`"),
         ('{"messages": ["w1"]}', "without `role` and `content`"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', "neither text nor a list of"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "neither text nor a list of"),
+        ('{"text": "\\ud800"}', "holds half a character"),
+        ("[" * 100_000, "is no JSON that can be read"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.xz"])

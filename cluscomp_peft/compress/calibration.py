@@ -1,8 +1,8 @@
 """Text in, token windows out.
 
 Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
-each also compressed with xz. They are tokenised, joined by the end-of-sequence token, and cut into windows that do not
-overlap, so that every token is read once.
+each also compressed with xz, of which no more is read than text can unpack to. They are tokenised, joined by the
+end-of-sequence token, and cut into windows that do not overlap, so that every token is read once.
 """
 
 from __future__ import annotations
@@ -11,41 +11,50 @@ import json
 import lzma
 import os
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import torch
 from jinja2 import TemplateError
 
 __all__ = ["calibration_windows", "read_documents", "token_windows"]
 
-_SUFFIXES = (".jsonl", ".json", ".txt", ".xz")
+_ROWS = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_ROWS, ".txt", ".xz")
+_TAKES_PARTS = re.compile(r"\bin\s+[\w.\[\]'\"]*\bcontent\b")  # a template that goes through parts by itself
 _HUB_CHARACTERS = 20_000_000  # of a hub data set: ten times what 128 sequences of 2048 tokens take
+_UNPACKED = 64  # times its own bytes, which is ten times what xz makes of text: more is no text
+_ANYWAY = 1 << 24  # characters that every compressed file may unpack to
 
 
 def read_documents(path: str, tokenizer: Any = None) -> list[str]:
     """The documents of a text file, or of a data set on the hub.
 
     Args:
-        path (`str`): `.jsonl` or `.json` (a row a line) or any other name for plain text, one document; `.xz` may
-            follow. Or a hub id, owner/name, also with a configuration, owner/name:config: its training split.
+        path (`str`): `.jsonl`, `.ndjson` or `.json` (a row a line) or any other name for plain text, one document;
+            `.xz` may follow, and upper case is the same. Or a hub id, owner/name, also with a configuration,
+            owner/name:config: its training split.
         tokenizer (*optional*): Its chat template renders `messages`.
 
     Raises:
-        ValueError: If the file is missing, cut off or empty, or a row has none of the known fields.
+        ValueError: If the file is missing, cut off or empty, unpacks to more than text does, or a row has none of the
+            known fields.
     """
     if not os.path.isfile(path):
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not path.endswith(_SUFFIXES):
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not path.lower().endswith(_SUFFIXES):
             return _hub_documents(path, tokenizer)
         raise ValueError(f"{path} is not a file; give a .jsonl or .txt file, also compressed with .xz, or a hub id.")
-    opener = lzma.open if path.endswith(".xz") else open
-    name = path.removesuffix(".xz")
+    name = path.lower()
+    opener = lzma.open if name.endswith(".xz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            if not name.endswith((".jsonl", ".json")):
-                documents = [file.read()]
+            if not name.removesuffix(".xz").endswith(_ROWS):
+                documents = ["".join(_lines(file, path))]
             else:
                 documents = [
-                    _parse(line, tokenizer, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()
+                    _parse(line, tokenizer, f"{path}:{number}")
+                    for number, line in enumerate(_lines(file, path), 1)
+                    if line.strip()
                 ]
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it is damaged, cut off or not UTF-8 text.") from error
@@ -132,6 +141,20 @@ def calibration_windows(
     return torch.cat(whole)
 
 
+def _lines(file: IO[str], path: str) -> Iterator[str]:
+    """The lines of a file, as long as it is one of text."""
+    limit = max(_ANYWAY, _UNPACKED * os.path.getsize(path))
+    left = limit + 1
+    while line := file.readline(left):
+        left -= len(line)
+        if not left:
+            raise ValueError(
+                f"{path} unpacks to more than {limit:,} characters, {_UNPACKED} times its size, so it is no text that "
+                "was compressed; unpack it yourself if it is."
+            )
+        yield line
+
+
 def _hub_documents(path: str, tokenizer: Any) -> list[str]:
     """Documents of a hub data set, read as a stream up to `_HUB_CHARACTERS`."""
     try:
@@ -154,12 +177,21 @@ def _hub_documents(path: str, tokenizer: Any) -> list[str]:
 def _parse(line: str, tokenizer: Any, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error}).") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON that can be read ({error}).") from error
     return _document(row, tokenizer, where)
 
 
 def _document(row: Any, tokenizer: Any, where: str) -> str:
+    document = _text_of(row, tokenizer, where)
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:  # JSON can say what no text can be
+        raise ValueError(f"{where} holds half a character ({error}).") from error
+    return document
+
+
+def _text_of(row: Any, tokenizer: Any, where: str) -> str:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -168,11 +200,14 @@ def _document(row: Any, tokenizer: Any, where: str) -> str:
         messages = row.get("messages")
         if isinstance(messages, list):
             turns = _turns(messages, where)
-            if not getattr(tokenizer, "chat_template", None):
+            template = getattr(tokenizer, "chat_template", None)
+            if not _TAKES_PARTS.search(str(template)):
+                turns = [{**turn, "content": _words(turn["content"], where)} for turn in turns]
+            if not template:
                 return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
             try:
                 return tokenizer.apply_chat_template(turns, tokenize=False)
-            except TemplateError as error:
+            except (TemplateError, TypeError) as error:
                 raise ValueError(f"{where} does not fit the tokenizer's chat template: {error}") from error
     raise ValueError(f"{where} has none of `text`, `messages`, or `prompt` and `completion`.")
 
@@ -184,3 +219,16 @@ def _turns(messages: list, where: str) -> list[dict]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"{where} has a message without `role` and `content`.")
     return messages
+
+
+def _words(content: Any, where: str) -> str:
+    """The text of a message, which is a string or a list of parts with their types."""
+    if isinstance(content, str) or content is None:  # of a turn that calls tools
+        return content or ""
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in content
+        ]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(map(str, parts))
+    raise ValueError(f"{where} has a message whose `content` is neither text nor a list of parts of text.")

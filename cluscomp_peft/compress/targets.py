@@ -50,20 +50,22 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
         weight = module._parameters.get("weight")
         if weight is not None:
             owners[id(weight)] = owners.get(id(weight), 0) + 1
+    # Models whose parameters are on the meta device, or not loaded yet, say by name what will be one weight.
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    sources = set(tied.values())
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(output), id(getattr(output, "base_layer", output))}
     found: list[LinearWeight] = []
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     for name, module in model.named_modules():
         if isinstance(module, ClusteredLinear):
             found.append(LinearWeight(name, module, module.in_features * module.out_features, None))
         elif isinstance(module, (nn.Linear, Conv1D)):
             weight = module._parameters.get("weight")
-            size = module.weight.numel()
-            if id(weight) in seen:
-                size = 0
-            elif weight is not None:
-                seen.add(id(weight))
+            key = f"{name}.weight"
+            same: set[int | str] = {id(weight), tied.get(key, key)}
+            size = 0 if weight is not None and same & seen else module.weight.numel()
+            seen |= same
             reason = None
             if id(module) in heads:
                 reason = "output head"
@@ -71,7 +73,7 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
                 reason = "its weight is computed, by pruning or a parametrisation"
             elif not is_dense_linear(module):
                 reason = f"{type(module).__name__} computes something else than nn.Linear"
-            elif owners[id(weight)] != 1:
+            elif owners[id(weight)] != 1 or key in tied or key in sources:
                 reason = "shares its weight with another module"
             elif blocks and not name.startswith(blocks):
                 reason = _OUTSIDE

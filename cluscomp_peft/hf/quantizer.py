@@ -9,8 +9,10 @@ on the fly      each dense weight is clustered as soon as it is read and its lay
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -49,7 +51,6 @@ class ClusCompHfQuantizer(HfQuantizer):
         # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
         self.report: dict[str, dict[str, float]] = {}
         self._progress: tqdm | None = None
-        self._pool: ThreadPoolExecutor | None = None
         self._jobs: list[tuple[str, nn.Module, Future]] = []
         # transformers logs what a conversion raises and goes on with the next tensor; the first error is kept here,
         # ends the clustering of the others, and is raised when loading is over.
@@ -90,7 +91,6 @@ class ClusCompHfQuantizer(HfQuantizer):
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
             # disable=None: silent where nobody watches a terminal
             self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
-            self._pool = ThreadPoolExecutor(torch.get_num_threads())
             return model
         names = [name for name, module in model.named_modules() if is_dense_linear(module)]
         self._specs = expand(config.layout, names, model.base_model_prefix)
@@ -133,11 +133,9 @@ class ClusCompHfQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self._collect(model, 0)
-            if self._pool is not None:
-                self._pool.shutdown()
             if self._progress is not None:
                 self._progress.close()
-            self._pool = self._progress = None  # a model that is copied or pickled takes neither with it
+            self._progress = None  # a model that is copied or pickled does not take it with it
             if self.failure is not None:
                 raise self.failure
             self._record(model)
@@ -169,12 +167,11 @@ class ClusCompHfQuantizer(HfQuantizer):
 
     def submit(self, model: nn.Module, name: str, dense: nn.Module) -> None:
         """Clusters a dense layer beside others; waits for the oldest of them where there are enough."""
-        assert self._pool is not None
         weight = weight_of(dense)
         cores = torch.get_num_threads() if weight.device.type == "cpu" else 1
         together = max(1, min(cores, TOGETHER // max(1, weight.numel())))
         self._collect(model, together - 1)
-        self._jobs.append((name, dense, self._pool.submit(self._cluster, name, dense, cores // together)))
+        self._jobs.append((name, dense, _in_thread(self._cluster, name, dense, cores // together)))
 
     @torch.no_grad()
     def _cluster(self, name: str, dense: nn.Module, threads: int) -> tuple[ClusteredLinear, dict[str, float]]:
@@ -312,3 +309,17 @@ def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
     if hook is not None:
         return key in hook.weights_map
     return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+
+
+def _in_thread(function: Callable, *arguments: Any) -> Future:
+    """Runs it in a thread that ends with it: nobody is told when loading is interrupted, who could end a pool."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="cluscomp-on-load").start()
+    return future
