@@ -1,20 +1,23 @@
-"""The ops on CUDA devices: launches of the kernels of `triton_kernels.py`, and who serves what.
+"""The ops on CUDA devices: who serves what.
 
-    decode          The kernel; the reference's weight, bit for bit.
-    linear          Up to `FUSED_TOKENS` tokens, which is generation: weights are decoded tile by tile and used on the
-                    spot, so the packed codes are all that is read. They are the weights of `decode`, bit for bit; only
-                    the order in which their products are added is not cuBLAS's. More tokens, or a dense residual,
-                    which must be read anyway: `decode` into a scratch weight, then the call of the reference.
-    codebook_grad   A tile of G = dyᵀ x at a time goes straight from tensor cores into the table of sums. Writing
-                    strips of G by cuBLAS for a second kernel to read would move 8 bytes for each weight and need
-                    `torch.mm` to give fp32 for bf16 inputs; so a step needs no scratch but the table.
+    decode          Triton's kernel; the reference's weight, bit for bit.
+    linear          Few tokens, which is generation: weights are decoded tile by tile and used on the spot, so the
+                    packed codes are all that is read. Where the codebook fits into shared memory, CUDA C++ for up to
+                    64 tokens (`table.py`); else Triton's kernel for up to `FUSED_TOKENS`, with the weights of
+                    `decode`, bit for bit. The order in which products are added is not cuBLAS's. More tokens, or a
+                    dense residual, which must be read anyway: `decode` into a scratch weight, then the call of the
+                    reference.
+    codebook_grad   Where the codebook fits into shared memory, strips of G = dyᵀ x by cuBLAS, added up by `table.py`.
+                    Else a tile of G at a time goes straight from tensor cores into the table of sums, so that a step
+                    needs no scratch but the table.
 
 All three are deterministic: what is summed by atomics is summed in integers. With N = in · ⌈out/g⌉ vectors,
 
     |Σ over (i, o) with one code and one place in the group of s_in[i] · s_out[o] · G[o, i]|
         ≤ √N · ‖diag(s_out) G diag(s_in)‖_F ≤ √N · ‖dy diag(s_out)‖_F · ‖x diag(s_in)‖_F = bound
 
-(Cauchy-Schwarz, twice), so 2^61 / bound scales each term to an integer whose sums fit into 64 bits. A bound that is
+(Cauchy-Schwarz, twice), so 2^61 / bound scales each term to an integer whose sums fit into 64 bits (Triton's; of
+`table.py`'s see `kernels/scatter.cu`). A bound that is
 not finite makes the codebook's gradient NaN or infinite, which loss scaling looks for.
 
 The reference serves fp64, devices older than `OLDEST` or AMD's, empty tensors, and all where Triton does not work.
@@ -31,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from ..codes import code_bits, num_groups
-from . import reference, table, triton_kernels, triton_tuning
+from . import adapters, reference, table, triton_kernels, triton_tuning
 from .triton_kernels import INTERPRETED, triton
 from .triton_tuning import OLDEST, Device
 
@@ -66,11 +69,6 @@ def decode(
     in_features = codes.shape[0]
     if not _serves(codes, codebook, (scale_in, scale_out, residual), dtype):
         return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
-    if residual is None and not INTERPRETED:
-        with torch.cuda.device_of(codes):
-            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
-            if (weight := table.decode(*parts, out_features, dtype)) is not None:
-                return weight
     layout = _Layout(codes, codebook, out_features)
     plain = scale_in is None and scale_out is None and residual is None
     tile = triton_tuning.decode_tile(layout.padded)
@@ -212,11 +210,11 @@ def codebook_grad(
 
 
 def effective(codebook: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
-    """As `table.effective`, where its kernels run."""
+    """As `adapters.effective`, where its kernels run."""
     if INTERPRETED or not available(codebook.device):
         return None
     with torch.cuda.device_of(codebook):
-        return table.effective(codebook, *others)  # type: ignore[arg-type]
+        return adapters.effective(codebook, *others)  # type: ignore[arg-type]
 
 
 def effective_backward(
@@ -227,11 +225,11 @@ def effective_backward(
     units: torch.Tensor,
     trained: tuple[bool, bool],
 ) -> bool:
-    """As `table.effective_backward`, where its kernels run."""
+    """As `adapters.effective_backward`, where its kernels run."""
     if INTERPRETED or not available(units.device):
         return False
     with torch.cuda.device_of(units):
-        return table.effective_backward(grads, codebook_dtype, scale_in, scale_out, units, trained)
+        return adapters.effective_backward(grads, codebook_dtype, scale_in, scale_out, units, trained)
 
 
 # Three tensor-core products of TF32 halves for a product of fp32 numbers: 21 bits of each instead of 24, and several

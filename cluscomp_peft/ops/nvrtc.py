@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -92,9 +93,15 @@ def _nvrtc() -> ctypes.CDLL:
         raise OSError("this torch was built without CUDA, which NVRTC comes with.")
     major = torch.version.cuda.split(".")[0]
     names = [f"nvrtc64_{major}0_0.dll"] if os.name == "nt" else [f"libnvrtc.so.{major}", "libnvrtc.so"]
-    for name in names:
+    packages = importlib.util.find_spec("nvidia")
+    folders = [] if packages is None else [Path(place) for place in packages.submodule_search_locations or ()]
+    beside = [path for folder in folders for name in names for path in folder.glob(f"*/lib/{name}")]
+    for name in (*names, *beside):  # as torch has loaded it, or as its package lies beside it
         try:
-            return ctypes.CDLL(name)
+            if isinstance(name, Path):
+                for part in name.parent.glob("libnvrtc-builtins.so.*"):  # which it looks for by name
+                    ctypes.CDLL(str(part))
+            return ctypes.CDLL(str(name))
         except OSError as error:
             last = error
     raise last

@@ -53,7 +53,8 @@ scatter(const float* gradient, const u8* packed, const void* codebook, const voi
 
     for (int at = threadIdx.x; at < G * clusters; at += THREADS) sums[at] = 0;
     if (SCALED) {
-        const int block = (int)((long long)(first_row + start) * blocks / in_features);
+        // Of the rows that a piece could have: the last ones may be empty.
+        const int block = (int)((long long)(first_row + block_of_strip * rows_of_block) * blocks / in_features);
         fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
     }
     float row_scale[G], of_outputs[G];

@@ -1,4 +1,4 @@
-// A table of centroids in shared memory, and packed codes in registers. Shared by linear.cu, decode.cu and scatter.cu.
+// A table of centroids in shared memory, and packed codes in registers. Shared by linear.cu and scatter.cu.
 //
 // Macros: G group size, B bits of a code, TABLE dtype of the table's numbers, COPIES of it, CLAMP whether a code can
 // exceed the codebook, CPL codes of a lane in a row, ALIGNED whether a lane's start and end at whole words and a tile's
