@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:
-        print(f"cluscomp {options.command}: {error}", file=sys.stderr)
+        notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
+        print(f"cluscomp {options.command}:", *(str(error), *notes), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"cluscomp {options.command}: interrupted; the same command goes on from there.", file=sys.stderr)
@@ -170,6 +171,7 @@ def _compress(options: argparse.Namespace) -> None:
     if summary["losses"]:
         dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
         print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
+    print(summary["coverage"])
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -206,16 +208,19 @@ def _inspect(options: argparse.Namespace) -> None:
         f"weight files {totals['total_bytes'] / 1e6:.2f} MB, of which {totals['dense_bytes'] / 1e6:.2f} MB are "
         "embeddings, norms and other tensors left dense"
     )
+    print(totals["coverage"])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .compress.calibration import read_documents, token_windows
+    from .hf.architecture import refuse_evaluation
     from .hf.checkpoint import check_folder
     from .hf.evaluate import evaluate
 
     check_folder(options.path)
+    refuse_evaluation(AutoConfig.from_pretrained(options.path), options.path)
     tokenizer = AutoTokenizer.from_pretrained(options.path)
     documents = read_documents(options.data, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)

@@ -30,6 +30,7 @@ __all__ = [
     "MAX_GROUP_SIZE",
     "ClusterSpec",
     "block_offsets",
+    "checksum",
     "code_bits",
     "combine_fingerprints",
     "fingerprint",
@@ -44,6 +45,7 @@ __all__ = [
 
 MAX_CODE_BITS = 16  # a code spans at most three bytes, which unpack() and every kernel rely on
 MAX_GROUP_SIZE = 64
+_WORDS = (2**22, 2**16)  # of a block of a checksum: what is fast on an accelerator, and in a CPU's cache
 _CODES_PER_BLOCK = 8  # eight codes of b bits fill exactly b bytes
 
 
@@ -211,6 +213,24 @@ def fingerprint(packed: torch.Tensor, out_features: int, spec: ClusterSpec) -> s
     digest = hashlib.sha256(repr((packed.shape[0], out_features, spec.group_size, spec.num_clusters)).encode())
     digest.update(memoryview(packed.detach().cpu().contiguous().numpy()).cast("B"))
     return digest.hexdigest()[:32]
+
+
+def checksum(packed: torch.Tensor) -> tuple[int, ...]:
+    """Numbers that any change of the codes changes, made where they are and faster than [`fingerprint`].
+
+    A weighted sum of all words of eight bytes, modulo 2**64, and the bytes that are left. The weights are odd, so that
+    no flipped bit goes unnoticed, and rise, so that no exchange of two words of a block does.
+    """
+    flat = packed.detach().contiguous().view(-1)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat
+    whole = flat.numel() // 8 * 8
+    words, block = flat[:whole].view(torch.int64), _WORDS[packed.device.type == "cpu"]
+    weights = 2 * torch.arange(min(block, words.numel()), device=packed.device) + 1
+    sums = [(part * weights[: part.numel()]).sum() for part in words.split(block)]
+    total = 0
+    for value in torch.stack(sums).tolist() if sums else ():
+        total = (total * 1_000_003 + value) % 2**64
+    return total, *flat[whole:].tolist()
 
 
 def value_fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:

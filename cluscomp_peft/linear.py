@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,18 +26,21 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
-from .codes import ClusterSpec, fingerprint, num_groups, value_fingerprint
+from .codes import ClusterSpec, checksum, fingerprint, num_groups, value_fingerprint
 from .lazy_weight import LazyWeight
-from .offloading import offload_hook, store, stored, taken_away_on_error
+from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
 from .placement import is_whole, shape_of
 
 __all__ = [
     "ClusteredLinear",
+    "CodesDigest",
     "Delta",
     "apply_deltas",
     "count_parameters",
     "dense_bits",
+    "in_absolute_units",
     "is_dense_linear",
+    "refine",
     "sum_deltas",
     "weight_of",
     "weight_shape",
@@ -54,6 +57,33 @@ class Delta(NamedTuple):
     codebook: torch.Tensor
     scale_in: torch.Tensor | None = None
     scale_out: torch.Tensor | None = None
+
+
+class CodesDigest:
+    """The digest of a layer's codes, made again only if they have changed.
+
+    What tells is a checksum of the codes themselves: an address is used again, and a version does not count what is
+    written through `.data` or by a kernel.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[object, ...], str] | None = None
+
+    def of(self, codes: torch.Tensor, out_features: int, spec: ClusterSpec) -> str | None:
+        """The digest of codes [in, width]; if they are not whole in this process the last one, or None."""
+        if is_whole(codes):
+            key = (codes.shape, out_features, spec.group_size, spec.num_clusters, checksum(codes))
+            if self._known is None or self._known[0] != key:
+                self._known = (key, fingerprint(codes, out_features, spec))
+        return None if self._known is None else self._known[1]
+
+
+def in_absolute_units(numbers: ops.Numbers, num_clusters: int) -> Delta:
+    """What an adapter's numbers stand for, fp32, differentiable."""
+    unit, scale_unit = numbers.units.unbind()
+    scales = [None if part is None else part.float() * scale_unit for part in (numbers.scale_in, numbers.scale_out)]
+    codebook = numbers.codebook
+    return Delta(codebook.float().view(-1, num_clusters, codebook.shape[1]) * unit, *scales)
 
 
 class ClusteredLinear(nn.Module):
@@ -101,7 +131,8 @@ class ClusteredLinear(nn.Module):
         self.register_parameter("scale_out", empty(out_features) if spec.scale_out else None)
         self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
         self.weight_dtype = dtype or codebook_dtype  # of the weight that this layer stands for; casts follow it
-        self._fingerprint: tuple[tuple[int, int], str] | None = None
+        self._digest = CodesDigest()
+        self._digest_of_map: tuple[Any, str | None] | None = None
 
     @classmethod
     def from_parts(
@@ -172,26 +203,34 @@ class ClusteredLinear(nn.Module):
         """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
         codebook, scale_in, scale_out = self._values()
         assert codebook is not None
-        return apply_deltas(codebook, scale_in, scale_out, deltas)
+        return apply_deltas(codebook, scale_in, scale_out, deltas, self.in_features)
 
     def merge(self, deltas: Sequence[Delta]) -> None:
-        """Writes `deltas` into codebook and scales, exactly."""
+        """Writes `deltas` into codebook and scales, exactly; an error leaves the layer as it was."""
         dtype = self.codebook.dtype
         with torch.no_grad():
             values = self.effective(deltas)
-        for name, value in zip(("codebook", "scale_in", "scale_out"), values, strict=True):
-            if value is not None:
-                self.set_parameter(name, value.to(dtype))
+        pairs = zip(("codebook", "scale_in", "scale_out"), values, strict=True)
+        store_all(self, {name: value.to(dtype) for name, value in pairs if value is not None})
 
-    def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers] = ()) -> torch.Tensor:
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
         if offload_hook(self) is None:
             return self._forward(x, deltas)
         with taken_away_on_error(self):
             return self._forward(x, deltas)
 
-    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
-        codebook, scale_in, scale_out = self.effective(deltas)
+    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers]) -> torch.Tensor:
+        if len(deltas) == 1 and isinstance(deltas[0], ops.Numbers):
+            parts = (self.codes, self.codebook, self.scale_in, self.scale_out, self.bias)
+            y = ops.adapted_linear(x, *parts, deltas[0], out_features=self.out_features)
+            if y is not None:
+                return y
+        clusters = self.codebook.shape[1]
+        absolute = [
+            in_absolute_units(delta, clusters) if isinstance(delta, ops.Numbers) else delta for delta in deltas
+        ]
+        codebook, scale_in, scale_out = self.effective(absolute)
         return ops.linear(
             x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
         )
@@ -199,9 +238,9 @@ class ClusteredLinear(nn.Module):
     def to_dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared.
 
-        It computes what this layer does, to the last bit with more than 16 tokens in a call. Up to 16 are multiplied
-        here straight from the codes (see `ops/cpu.py`, `ops/cuda.py`) and there by `F.linear`, which adds the same
-        products in another order; so does a Conv1D, with any number of tokens.
+        It computes what this layer does, to the last bit with more than 16 tokens in a call on a CPU, 64 on a GPU.
+        Fewer are multiplied here straight from the codes (see `ops/cpu.py`, `ops/cuda.py`) and there by `F.linear`,
+        which adds the same products in another order; so does a Conv1D, with any number of tokens.
         """
         with torch.device("meta"):
             dense: nn.Linear | Conv1D
@@ -215,18 +254,21 @@ class ClusteredLinear(nn.Module):
         return dense
 
     def fingerprint(self) -> str | None:
-        """Digest of the codes, remembered until they change; None if they are elsewhere and were never here."""
+        """Digest of the codes as they are now, wherever they are; where they are spread over processes that of the
+        last time they were not, None if they never were here.
+        """
         hook = offload_hook(self) if self.codes.is_meta else None
-        if hook is None and not is_whole(self.codes):
-            return None if self._fingerprint is None else self._fingerprint[1]
+        if hook is None:
+            return self._digest.of(self.codes, self.out_features, self.spec)
         # Offloaded codes are read once: they change only with the map that leads to them.
-        key = (self.codes.data_ptr(), self.codes._version) if hook is None else (id(hook.weights_map), 0)
-        if self._fingerprint is None or self._fingerprint[0] != key:
+        if self._digest_of_map is None or self._digest_of_map[0] is not hook.weights_map:
             codes = stored(self, "codes")
-            if codes is None or codes.is_meta:
-                return None
-            self._fingerprint = (key, fingerprint(codes, self.out_features, self.spec))
-        return self._fingerprint[1]
+            assert codes is not None
+            digest = self._digest.of(codes, self.out_features, self.spec)
+            if codes.is_meta:
+                return digest
+            self._digest_of_map = (hook.weights_map, digest)
+        return self._digest_of_map[1]
 
     def has_stray_codes(self) -> bool:
         """Whether there are codes that no centroid belongs to: the layer came from a damaged or hostile file."""
@@ -255,10 +297,14 @@ class ClusteredLinear(nn.Module):
         return weight.t() if self.conv1d else weight
 
 
-def sum_deltas(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
-    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple."""
+def sum_deltas(
+    deltas: Sequence[Delta], weights: Sequence[float] | None = None, in_features: int | None = None
+) -> Delta:
+    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple, or
+    where that is more at one for each of the `in_features` channels.
+    """
     weights = [1.0] * len(deltas) if weights is None else weights
-    blocks = math.lcm(*(delta.codebook.shape[0] for delta in deltas))
+    blocks = _common_blocks([delta.codebook.shape[0] for delta in deltas], in_features)
 
     def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
         terms = [
@@ -268,7 +314,7 @@ def sum_deltas(deltas: Sequence[Delta], weights: Sequence[float] | None = None) 
         ]
         return sum(terms[1:], start=terms[0]) if terms else None
 
-    codebook = total([_refine(delta.codebook, blocks) for delta in deltas])
+    codebook = total([refine(delta.codebook, blocks) for delta in deltas])
     assert codebook is not None
     return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
 
@@ -278,8 +324,9 @@ def apply_deltas(
     scale_in: torch.Tensor | None,
     scale_out: torch.Tensor | None,
     deltas: Sequence[Delta],
+    in_features: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums `deltas` onto codebook [m, n, g] and scales.
+    """Sums `deltas` onto codebook [m, n, g] and scales of a layer with `in_features` input channels.
 
     Results are fp32 (fp64) but hold values of the codebook's dtype. The gradient with respect to the deltas ignores
     that rounding.
@@ -287,9 +334,9 @@ def apply_deltas(
     if not deltas:
         return codebook, scale_in, scale_out
     dtype = codebook.dtype
-    total = sum_deltas(deltas)
-    blocks = math.lcm(codebook.shape[0], total.codebook.shape[0])
-    values = _refine(codebook.to(total.codebook.dtype), blocks) + _refine(total.codebook, blocks)
+    total = sum_deltas(deltas, in_features=in_features)
+    blocks = _common_blocks([codebook.shape[0], total.codebook.shape[0]], in_features)
+    values = refine(codebook.to(total.codebook.dtype), blocks) + refine(total.codebook, blocks)
 
     def rescale(scale: torch.Tensor | None, change: torch.Tensor | None) -> torch.Tensor | None:
         if change is None:
@@ -380,6 +427,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if isinstance(module, ClusteredLinear):
             total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
             inside.update(id(parameter) for parameter in module.parameters())
+        elif getattr(module, "weighs_nothing", False):
+            inside.update(id(parameter) for parameter in module.parameters())
     for parameter in model.parameters():
         trainable += parameter.numel() * parameter.requires_grad
         # The codes of a dense base are bytes too, and no parameters.
@@ -387,8 +436,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[m, n, g] to [blocks, n, g]: blocks of input channels nest, because floor(floor(i·km/in) / k) =
-    floor(i·m/in).
+def _common_blocks(counts: list[int], in_features: int | None) -> int:
+    """In how many blocks codebooks of these numbers of blocks can be added up."""
+    blocks = math.lcm(*counts)
+    return blocks if in_features is None or len(set(counts)) == 1 else min(blocks, in_features)
+
+
+def refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[m, n, g] to [blocks, n, g], for a multiple of m or one block for each input channel.
+
+    Blocks of input channels nest, because floor(floor(i·km/in) / k) = floor(i·m/in).
     """
-    return codebook if codebook.shape[0] == blocks else codebook.repeat_interleave(blocks // codebook.shape[0], 0)
+    present = codebook.shape[0]
+    if blocks % present:
+        return codebook[torch.arange(blocks, device=codebook.device) * present // blocks]
+    return codebook if blocks == present else codebook.repeat_interleave(blocks // present, 0)

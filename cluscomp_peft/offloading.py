@@ -12,14 +12,23 @@ Whoever needs a number outside of a call reads it with [`stored`] and changes it
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 
-__all__ = ["execution_device", "hooks_of", "offload_hook", "put_back", "store", "stored", "taken_away_on_error"]
+__all__ = [
+    "execution_device",
+    "hooks_of",
+    "offload_hook",
+    "put_back",
+    "store",
+    "store_all",
+    "stored",
+    "taken_away_on_error",
+]
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -68,6 +77,18 @@ def store(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
         hook.original_devices.setdefault(name, torch.device("cpu"))
         value = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
     module._parameters[name] = value
+
+
+def store_all(module: nn.Module, values: Mapping[str, torch.Tensor | None]) -> None:
+    """[`store`] of several parameters; an error or an interrupt between them leaves all as they were."""
+    before = {name: stored(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            store(module, name, value)
+    except BaseException:
+        for name, value in before.items():
+            store(module, name, value)
+        raise
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class TrainingArguments(RunsAnywhere, DPOConfig):
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up, in steps or as a share of them."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first loss, which is the base's own."})
 
 
 def main() -> None:

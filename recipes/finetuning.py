@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.hf.checkpoint import read_report
@@ -49,7 +50,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Delta codebooks of every matrix, instead of rank; 1 adds no bits."}
     )
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales."})
-    delta_scale: float = field(default=ClusCompConfig.delta_scale, metadata={"help": "Unit of the deltas."})
+    delta_scale: float | None = field(default=None, metadata={"help": "Unit of the deltas; by default what fits."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Layers to train (default: all)."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train whole."})
     merge: bool = field(default=False, metadata={"help": "Also write base + adapter as a model of its own."})
@@ -90,6 +91,36 @@ class RunsAnywhere:
                 )
             self.bf16 = bool(self.bf16) and alone
         super().__post_init__()
+
+
+class ExplosionWarning(TrainerCallback):
+    """Says what to do when the loss goes up instead of down.
+
+    The first loss that is logged is the base's own, because an adapter starts as nothing (`logging_first_step`); after
+    it every logged loss is held against that one. Batches differ, so only half as much again counts, and 0.5 nats.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._told = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None or self._told:
+            return
+        loss = float(loss)
+        if self._first is None and math.isfinite(loss):
+            self._first = loss
+        first = math.nan if self._first is None else self._first
+        if loss <= 1.5 * abs(first) + 0.5:
+            return
+        self._told = True
+        warnings.warn(
+            f"the loss was {first:.3g} at first and is {loss:.3g} after {state.global_step} steps: they are too long "
+            f"for this model and data. Stop, and start again with --learning_rate {args.learning_rate / 4:.1g}; "
+            "larger batches (--gradient_accumulation_steps) and a longer warm-up (--warmup_steps 0.2) help as well.",
+            stacklevel=2,
+        )
 
 
 class Base(NamedTuple):
@@ -164,6 +195,7 @@ def train_and_save(trainer: Any, script: ScriptArguments, base: Base) -> None:
     folder = trainer.args.output_dir
     if trainer.accelerator.is_main_process:
         trainer.model.print_trainable_parameters()
+        trainer.add_callback(ExplosionWarning())
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(folder)
     trainer.save_state()

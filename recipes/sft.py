@@ -35,7 +35,8 @@ class TrainingArguments(RunsAnywhere, SFTConfig):
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share of them."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up, in steps or as a share of them."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first loss, which is the base's own."})
     completion_only_loss: bool | None = field(
         default=False,
         metadata={"help": "Train on completions alone. By default prompts count too, as in `cluscomp evaluate`."},

@@ -99,7 +99,8 @@ def test_compress_makes_what_loading_with_the_same_settings_does(tmp_path, dense
     target = str(tmp_path / "out")
     assert main(["compress", dense_dir, target, *flags, "--device", "cpu"]) == 0  # where loading clusters it
     line = capsys.readouterr().out
-    assert line.startswith(f"{target}: 14 matrices at ") and line.count("\n") == 1
+    assert line.startswith(f"{target}: 14 matrices at ") and line.count("\n") == 2
+    assert line.splitlines()[1].startswith("linear weights: 16,128 of 19,200 clustered (84.0 %); dense: lm_head ")
 
     on_the_fly = AutoModelForCausalLM.from_pretrained(
         dense_dir, quantization_config=ClusCompQuantizationConfig(**settings)
@@ -240,10 +241,11 @@ def broken_dir(tmp_path_factory, dense_dir) -> str:
     return folder
 
 
-def test_a_failed_compression_leaves_nothing_behind(tmp_path, broken_dir, failing):
+def test_a_failed_compression_leaves_what_it_has_done_and_says_where(tmp_path, broken_dir, failing):
     line = failing("compress", broken_dir, str(tmp_path / "out"), "--bits", "6")
     assert "model.layers.1.mlp.up_proj" in line
-    assert os.listdir(tmp_path) == []
+    assert f"The 1 finished shards stay in {tmp_path / '.out.partial'}" in line and "--overwrite starts anew" in line
+    assert os.listdir(tmp_path) == [".out.partial"]
 
 
 def test_a_failed_overwrite_keeps_the_old_checkpoint(tmp_path, broken_dir, made, failing):
@@ -251,7 +253,7 @@ def test_a_failed_overwrite_keeps_the_old_checkpoint(tmp_path, broken_dir, made,
     shutil.copytree(made, target)
     failing("compress", broken_dir, target, "--bits", "6", "--overwrite")
     assert contents(target) == contents(made)
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "out"]
 
 
 def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, capsys, monkeypatch):

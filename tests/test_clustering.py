@@ -126,6 +126,50 @@ def test_codes_name_the_nearest_centroid(clusters, dim, seed, weighted, engine):
     assert (codes == distances.argmin(1)).double().mean() > 0.98
 
 
+ranges = st.one_of(st.integers(-100, -30), st.integers(30, 90))
+
+
+@pure
+@given(
+    st.sampled_from([*ENGINES, "scalar"]),
+    st.integers(0, 2**31 - 1),
+    st.integers(2, 60),
+    st.sampled_from([0.3, 3, 12]),
+    st.tuples(ranges, ranges),
+    st.tuples(ranges, ranges),
+)
+def test_vectors_and_weights_of_any_size(engine, seed, clusters, spread, first, second):
+    dim = 1 if engine == "scalar" else 3
+    vectors, weights = normal(150, dim, seed=seed), (spread * normal(150, seed=seed + 1)).exp()
+    results = []
+    for size, share in (first, second):
+        large, heavy = vectors * 2.0**size, weights * 2.0**share
+        codebook, codes, info = kmeans(large, clusters, weights=heavy, engine=engine, iterations=4)
+        assert codebook.isfinite().all()
+        assert info.objective == pytest.approx(cost(large, codebook, codes, heavy), rel=1e-3)
+        results.append((codebook * 2.0**-size, codes, info.objective * 2.0 ** (-2 * size - share)))
+    if engine != "scalar":  # whose fp64 needs no common measure
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][2] == pytest.approx(results[1][2], rel=1e-2)
+
+
+@every_engine
+@pytest.mark.parametrize("size, share", [(126, 0), (0, 126), (-140, 0), (0, -140), (100, 126), (-140, -140)])
+def test_the_ends_of_fp32_are_clustered(engine, size, share):
+    whole = torch.randint(-3, 4, (200, 2), generator=torch.Generator().manual_seed(0)).double()
+    weights = torch.arange(1, 201).double() % 4 + 0.5
+    given = ((whole / 3 * 2.0**size).float(), (weights / 4 * 2.0**share).float())
+    seen = []
+    codebook, codes, info = kmeans(
+        given[0], 20, weights=given[1], engine=engine, progress=lambda *step: seen.append(step)
+    )
+    plain = kmeans((whole / 3).float(), 20, weights=(weights / 4).float(), engine=engine)[2]
+    assert codebook.isfinite().all() and len(codes.unique()) == 20
+    assert info.objective == pytest.approx(cost(given[0], codebook, codes, given[1]), rel=1e-3)
+    assert seen[-1][1] == pytest.approx(info.objective, rel=1e-2)
+    assert info.objective == pytest.approx(plain.objective * 2.0 ** (2 * size + share), rel=0.2)
+
+
 def test_assign_is_brute_force():
     vectors, centroids = normal(300, 4), normal(25, 4, seed=1)
     codes, distances = assign(vectors, centroids)

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,19 +74,48 @@ def test_the_kernels_in_the_interpreter():
 
 @direct
 @needs_triton
-@pytest.mark.parametrize("dim, spread, capability", [(4, False, 90), (4, True, 80), (12, False, 90)])
-def test_the_assignment_compiles_for_a_gpu(gpu, tmp_path, monkeypatch, dim, spread, capability):
+@pytest.mark.parametrize(
+    "dim, spread, capability", [(4, True, 80), (4, False, 90), (8, False, 90), (11, False, 90), (16, True, 90)]
+)
+def test_the_assignment_compiles_for_a_gpu_and_spills_nothing(gpu, tmp_path, monkeypatch, dim, spread, capability):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = dict(DIM=dim, ROWS=64, TILE=32, PRUNE=True, SPREAD=spread, DOT=dim > 11, PRECISION="ieee")
+    rows, registers = gpu.launch_shape(dim)
+    constants = dict(DIM=dim, ROWS=rows, TILE=32, PRUNE=True, SPREAD=spread, DOT=dim > 11, PRECISION="ieee")
     types = {"order": "*i64", "codes": "*i32", "found": "*i32", "spread": "*i8"}
     types |= dict.fromkeys(("total", "clusters", "padded"), "i32") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(gpu._nearest, {name: types.get(name, "*fp32") for name in gpu._nearest.arg_names}, constants)
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "maxnreg": 128})
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": 4, "maxnreg": registers}
+    compiled = compile(source, target=target, options=options)
     assert "fma.rn.f32" in compiled.asm["ptx"]
+    used = resources(compiled.asm["cubin"], tmp_path)
+    assert used["STACK"] == 0 and used["REG"] <= registers  # what is spilled goes to the stack
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """What a thread of a compiled kernel takes, by the tool that Triton brings."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    (folder / "kernel.cubin").write_bytes(cubin)
+    report = subprocess.run(
+        [tool, "-res-usage", folder / "kernel.cubin"], check=True, capture_output=True, text=True
+    ).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED):(\d+)", report)}
+
+
+@direct
+@needs_triton
+def test_sizes_of_matrices_do_not_make_triton_compile_anew(gpu):
+    for kernel, sizes in ((gpu._nearest, {"total", "clusters"}), (gpu._settle, {"total"})):
+        assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == sizes
+    # The third size is a multiple of the boxes of two levels, whatever the matrix.
+    assert gpu._TILE**3 % 16 == 0
 
 
 @direct
@@ -192,6 +222,17 @@ def test_runs_follow_lloyd_and_only_descend(gpu, dim, clusters, weighted):
 
 
 @interpreted
+def test_the_search_of_the_density_start_equals_torch(gpu, monkeypatch):
+    vectors = normal(700, 3)
+    codes, distances = gpu._assign(vectors, vectors[:70])
+    expected = reference.assign(vectors, vectors[:70])
+    assert torch.equal(codes, expected[0])
+    torch.testing.assert_close(distances, expected[1])
+    start = density_start(vectors, 160, None, 1)
+    assert torch.equal(density_start(vectors, 160, None, 1, gpu._assign), start)
+
+
+@interpreted
 def test_empty_centroids_are_put_to_use(gpu):
     vectors = normal(128, 2)
     start = torch.cat([vectors[:5], torch.full((15, 2), 1e4)])
@@ -227,13 +268,15 @@ def test_limits_are_named(gpu):
 @interpreted
 def test_the_benchmark_script_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
-    sizes = "--parts kmeans --rows 16 --cols 48 --clusters 20 --dims 4 --iterations 1 --repeat 0".split()
-    output = tmp_path / "new" / "suite.json"
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", *sizes, "--output", str(output)])
-    importlib.import_module("gpu_suite").main()
-    results = json.loads(output.read_text())
-    assert results["checks"]["4"]["excess"] < 1e-5 and results["rows"][0]["N"] == 192
-    assert "70B" in capsys.readouterr().out
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks" / "gpu")
+    module = importlib.import_module("part_kmeans")
+    monkeypatch.setattr(module, "LARGEST", (1600, 4800))
+    flags = "--device cpu --scale 0.01 --repeat 0 --bits --dims 4 --part kmeans --output".split()
+    suite = importlib.import_module("suite")
+    assert suite.run_part(suite.arguments().parse_args([*flags, str(tmp_path / "new")])) == []
+    check, steps = json.loads((tmp_path / "new" / "kmeans.json").read_text())["rows"]
+    assert check["excess"] < 1e-5 and steps["N"] == 16 * 48 // 4 and steps["full, s"] > 0
+    assert "steps d = 4" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

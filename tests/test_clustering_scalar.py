@@ -216,6 +216,39 @@ def test_no_iterations_keep_the_start():
     assert objective == pytest.approx(cost(values, start, codes))
 
 
+# Weights with all their digits: where sums of them round is what whole numbers and powers of two never show.
+@settings(pure, max_examples=200)
+@given(
+    st.integers(40, 80), st.integers(2, 39), st.floats(0, 25), st.integers(0, 2**31 - 1), st.integers(-60, 60),
+)  # fmt: skip
+def test_weights_of_enormous_range(count, clusters, spread, seed, size):
+    values, weights = normal(count, seed), (spread * normal(count, seed + 1)).double().exp() * 2.0**size
+    weights = weights.clamp(2.0**-149, 3e38).float()
+    heavy = weights > 1e-15 * weights.double().sum()
+    with pytest.MonkeyPatch.context() as patch:
+        results = []
+        for steps in (1e8, 0):
+            patch.setattr(scalar, "_OPTIMAL_STEPS", steps)
+            results.append(run(values, clusters, weights, iterations=100, tolerance=0))
+            centroids, codes, objective, _ = results[-1]
+            assert centroids.isfinite().all()
+            assert_nearest(values, centroids, codes)
+            assert objective == pytest.approx(cost(values, centroids, codes, weights), rel=1e-9)
+    least, near = (result[2] for result in results)
+    light = float(weights.double()[~heavy] @ values.double()[~heavy].square())  # not minimised
+    assert least <= near * (1 + 1e-9) + 16 * light + rounding(values, weights)
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_many_values_with_weights_of_enormous_range(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(200_000, generator=generator)
+    weights = torch.exp(3 * torch.randn(200_000, generator=generator))
+    centroids, codes, objective, _ = run(values, 64, weights)
+    assert len(codes.unique()) == 64
+    assert objective == pytest.approx(cost(values, centroids, codes, weights), rel=1e-6)
+
+
 def test_progress_is_told_once_of_the_optimum():
     seen = []
     objective = run(normal(200), 5, progress=lambda *a: seen.append(a))[2]

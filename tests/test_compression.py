@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -32,6 +33,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     Qwen3Config,
+    RwkvConfig,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
@@ -99,6 +101,25 @@ OTHERS = {  # blocks that return tuples, more of them than a batch has dimension
         num_attention_heads=4,
         max_position_embeddings=64,
         word_embed_proj_dim=24,
+    ),
+    # Blocks that return their output with attention weights, or with a state and attention weights.
+    "bamba": BambaConfig(
+        **COMMON,
+        **{**NARROW, "num_hidden_layers": 3},
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        attn_layer_indices=[1],
+        mamba_chunk_size=8,
+    ),
+    "rwkv": RwkvConfig(
+        **COMMON,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        attention_hidden_size=32,
+        context_length=64,
     ),
     "one block": LlamaConfig(**COMMON, **{**NARROW, "num_hidden_layers": 1}),
 }
@@ -414,14 +435,17 @@ def test_a_run_killed_while_a_checkpoint_is_replaced(call, dense, undisturbed, k
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_leftovers_without_a_journal_are_nobodys(dense, undisturbed, tmp_path):
-    """What an older version left, or a journal that someone removed: nothing of it may reach the checkpoint."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_leftovers_without_a_journal_are_not_ours(overwrite, dense, undisturbed, tmp_path):
+    """What an older version left, a journal that someone removed, or a folder of the user's: nothing of it may reach
+    the checkpoint, and nothing of it is removed."""
     work = tmp_path / ".out.partial"
     shutil.copytree(undisturbed, work)
     (work / "stale.safetensors").write_bytes(b"old")
-    compress_checkpoint(dense("gpt2"), str(tmp_path / "out"), quick_config())
-    assert "stale.safetensors" not in os.listdir(tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = contents(work)
+    with pytest.raises(ValueError, match=r"\.out\.partial.* holds files that are no unfinished run .*move or remove"):
+        compress_checkpoint(dense("gpt2"), str(tmp_path / "out"), quick_config(), overwrite=overwrite)
+    assert contents(work) == before and os.listdir(tmp_path) == [".out.partial"]
 
 
 SCRIPT = """
@@ -490,15 +514,14 @@ def test_an_unfinished_run_with_other_settings_is_refused(dense, text, killed, m
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_damaged_journal_is_named(tmp_path):
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_damaged_journal_is_named(anew, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "journal.json").write_text("{")
-    with pytest.raises(ValueError, match=r"journal\.json is damaged.*--overwrite"):
-        Journal(str(work), {})
-    journal = Journal(str(work), {}, anew=True)
-    assert journal.content == {} and os.listdir(work) == ["lock"]
-    journal.close()
+    with pytest.raises(ValueError, match=r"journal\.json is damaged.*remove it yourself"):
+        Journal(str(work), {}, anew=anew)
+    assert os.listdir(work) == ["journal.json"]  # it does not prove that the folder is ours
 
 
 def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path, monkeypatch):
@@ -528,10 +551,14 @@ def test_the_folder_that_holds_the_dense_model_is_never_replaced(dense, tmp_path
 
 
 def refused(message: str, folder, *arguments, error=ValueError, **changes) -> None:
-    """The call raises, and nothing is left in the folder."""
+    """The call raises, and nothing is left in the folder but shards that were finished before."""
     before = sorted(os.listdir(folder))
     with pytest.raises(error, match=message):
         compress_checkpoint(*arguments, **changes)
+    work = os.path.join(folder, ".out.partial")
+    if os.path.isdir(work):
+        assert json.load(open(os.path.join(work, "journal.json")))["content"]["done"]
+        shutil.rmtree(work)
     assert sorted(os.listdir(folder)) == before
 
 

@@ -11,7 +11,7 @@ from transformers import DebertaConfig, DebertaModel
 from transformers.pytorch_utils import Conv1D
 
 from cluscomp_peft import ClusCompConfig, ops
-from cluscomp_peft.codes import ClusterSpec, code_bits, fingerprint, num_groups, pack
+from cluscomp_peft.codes import ClusterSpec, checksum, code_bits, fingerprint, num_groups, pack
 from cluscomp_peft.linear import ClusteredLinear, Delta, apply_deltas, dense_bits, is_dense_linear, weight_of
 
 IN, OUT, GROUP, CLUSTERS = 10, 13, 3, 6
@@ -191,7 +191,7 @@ def test_merging_is_exact(dtype, scales, blocks, deltas):
     assert layer.fingerprint() == fingerprint_before
     assert layer.spec.scale_in == (scales[0] or any(d.scale_in is not None for d in deltas))
     assert layer.spec.scale_out == (scales[1] or any(d.scale_out is not None for d in deltas))
-    assert layer.spec.num_blocks == math.lcm(blocks, *(len(d.codebook) for d in deltas))
+    assert layer.spec.num_blocks == min(IN, math.lcm(blocks, *(len(d.codebook) for d in deltas)))
 
 
 def test_merging_writes_the_sum_of_the_deltas():
@@ -343,6 +343,46 @@ def test_the_fingerprint_follows_the_codes():
     assert changed != before
     layer.set_parameter("codes", layer.codes.clone().zero_())
     assert layer.fingerprint() not in (before, changed)
+
+
+def test_the_fingerprint_follows_codes_that_change_in_secret():
+    layer = clustered()
+    seen = {layer.fingerprint()}
+    layer.codes.data[3, 1] ^= 8  # counted by no version
+    seen.add(layer.fingerprint())
+    layer.codes = nn.Parameter(layer.codes.data.clone(), requires_grad=False)
+    layer.codes.data[0, 0] ^= 1
+    replaced = layer.codes.data.numpy()
+    replaced[-1, -1] ^= 1  # past torch
+    seen.add(layer.fingerprint())
+    assert len(seen) == 3
+    # The same memory, taken for other codes: what an allocator does when a model is loaded after another.
+    memory = layer.codes.detach().clone()
+    one, two = clustered(), clustered()
+    for layer in (one, two):
+        layer.codes = nn.Parameter(memory, requires_grad=False)
+    before = one.fingerprint(), two.fingerprint()
+    memory.data.bitwise_xor_(torch.ones_like(memory.data))
+    assert before[0] == before[1]
+    assert one.fingerprint() == two.fingerprint() == fingerprint(memory, OUT, one.spec) != before[0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (9, 8), (64, 1024), (300, 2000)])
+def test_a_checksum_notices_every_flip_and_exchange(size):
+    codes = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, flat = checksum(codes), codes.view(-1)
+    assert checksum(codes.clone()) == checksum(torch.cat([flat.new_zeros(3), flat])[3:].view(size)) == before
+    for index in {0, flat.numel() - 1, flat.numel() // 2, flat.numel() // 3}:
+        for bit in range(8):
+            flat[index] ^= 1 << bit
+            assert checksum(codes) != before
+            flat[index] ^= 1 << bit
+    for distance in (8, 16, 8 * 2**16):
+        if flat.numel() > distance + 8 and not torch.equal(flat[:8], flat[distance : distance + 8]):
+            other = flat.clone()
+            other[:8], other[distance : distance + 8] = flat[distance : distance + 8], flat[:8]
+            assert checksum(other) != before
+    assert checksum(codes) == before
 
 
 def test_casting_the_layer_keeps_the_codes():

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import yaml
-from trl import TrlParser
 
 from cluscomp_peft.plan import Settings, plan
 
 from .conftest import RECIPES, WORDS, flags
+
+trl = pytest.importorskip("trl")
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
@@ -29,7 +30,7 @@ def test_there_is_one_for_every_size_of_machine():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_line_reaches_the_recipe(sft, path, tmp_path):
     lines = yaml.safe_load(path.read_text(encoding="utf-8"))
-    parser = TrlParser((sft.ScriptArguments, sft.TrainingArguments))
+    parser = trl.TrlParser((sft.ScriptArguments, sft.TrainingArguments))
     script, training = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
     for key, value in lines.items():
         if key == "output_dir":

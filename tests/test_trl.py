@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,20 +15,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
 
 from cluscomp_peft import ClusCompConfig
 
 from .conftest import WORDS, config_for, logits_of, train_briefly
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
 
 KINDS = ["compressed", "born", "dense"]
 
@@ -69,11 +61,11 @@ def base_for(compressed_dir, dense_dir):
 
 @pytest.fixture
 def sft(base_for, tokenizer, tmp_path):
-    def make(kind: str, config: ClusCompConfig | None = None, folder=None, **changes) -> SFTTrainer:
-        return SFTTrainer(
+    def make(kind: str, config: ClusCompConfig | None = None, folder=None, **changes) -> trl.SFTTrainer:
+        return trl.SFTTrainer(
             model=base_for(kind),
-            args=SFTConfig(**settings(folder or tmp_path / "run", max_length=32, **changes)),
-            train_dataset=Dataset.from_list(TEXT),
+            args=trl.SFTConfig(**settings(folder or tmp_path / "run", max_length=32, **changes)),
+            train_dataset=datasets.Dataset.from_list(TEXT),
             processing_class=tokenizer,
             peft_config=config or config_for(kind),
         )
@@ -136,10 +128,10 @@ def test_sft_trains_deltas_and_nothing_else(sft, base_for, kind, tokens, tmp_pat
 def test_sft_goes_on_from_a_loaded_adapter(base_for, trained_dir, tokenizer, kind, tokens, tmp_path):
     model = PeftModel.from_pretrained(base_for(kind), trained_dir(kind), is_trainable=True)
     start = logits_of(model, tokens)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
-        args=SFTConfig(**settings(tmp_path / "run", max_steps=1, max_length=32)),
-        train_dataset=Dataset.from_list(TEXT),
+        args=trl.SFTConfig(**settings(tmp_path / "run", max_steps=1, max_length=32)),
+        train_dataset=datasets.Dataset.from_list(TEXT),
         processing_class=tokenizer,
     )
     assert torch.equal(logits_of(model, tokens), start)
@@ -216,12 +208,12 @@ def test_fused_adamw_takes_the_steps_of_the_plain_one(sft, tmp_path):
 # -- DPO
 
 
-def dpo(model, tokenizer, folder, **changes) -> DPOTrainer:
+def dpo(model, tokenizer, folder, **changes) -> trl.DPOTrainer:
     config = changes.pop("peft_config", None)
-    return DPOTrainer(
+    return trl.DPOTrainer(
         model=model,
-        args=DPOConfig(**settings(folder, max_length=32, **changes)),
-        train_dataset=Dataset.from_list(PAIRS),
+        args=trl.DPOConfig(**settings(folder, max_length=32, **changes)),
+        train_dataset=datasets.Dataset.from_list(PAIRS),
         processing_class=tokenizer,
         peft_config=config,
     )
@@ -283,13 +275,13 @@ def test_grpo_trains_on_its_own_generations(base_for, trained_dir, tokenizer, ki
         model, config = base_for(kind), config_for(kind)
     else:
         model, config = PeftModel.from_pretrained(base_for(kind), trained_dir(kind), is_trainable=True), None
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             **settings(tmp_path / "run", max_steps=2, num_generations=2, max_completion_length=6, beta=0.1)
         ),
-        train_dataset=Dataset.from_list([{"prompt": words(i, 4)} for i in range(8)]),
+        train_dataset=datasets.Dataset.from_list([{"prompt": words(i, 4)} for i in range(8)]),
         processing_class=tokenizer,
         peft_config=config,
     )
@@ -314,10 +306,10 @@ def test_a_reward_model_trains_its_head_and_saves_it(compressed_dir, tokenizer, 
     def load():
         return AutoModelForSequenceClassification.from_pretrained(compressed_dir, num_labels=1)
 
-    trainer = RewardTrainer(
+    trainer = trl.RewardTrainer(
         model=load(),
-        args=RewardConfig(**settings(tmp_path / "run", max_length=32)),
-        train_dataset=Dataset.from_list([{key: row[key] for key in ("chosen", "rejected")} for row in PAIRS]),
+        args=trl.RewardConfig(**settings(tmp_path / "run", max_length=32)),
+        train_dataset=datasets.Dataset.from_list([{key: row[key] for key in ("chosen", "rejected")} for row in PAIRS]),
         processing_class=tokenizer,
         peft_config=ClusCompConfig(task_type="SEQ_CLS"),
     )
@@ -346,7 +338,9 @@ def test_the_trainer_of_transformers_trains_an_adapter(base_for, kind, tokens, t
     rows = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1).tolist()]
     model = get_peft_model(base_for(kind), config_for(kind))
     before = snapshot(model)
-    trainer = Trainer(model=model, args=TrainingArguments(**settings(tmp_path)), train_dataset=Dataset.from_list(rows))
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**settings(tmp_path)), train_dataset=datasets.Dataset.from_list(rows)
+    )
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     assert changed(model, before) == deltas(model)

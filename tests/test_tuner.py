@@ -271,10 +271,12 @@ def test_the_adapter_of_a_compressed_model_holds_deltas_only(compressed_dir, tmp
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(compressed_dir), config_for("compressed"))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    deltas = {name: tensor for name, tensor in tensors.items() if not name.endswith("code_digest")}
+    about = ("code_digest", "cluscomp_units.values")
+    deltas = {name: tensor for name, tensor in tensors.items() if not name.endswith(about)}
     assert {name.rpartition(".")[2] for name in deltas} == {"codebook", "scale_in", "scale_out"}
     assert all(tensor.dtype == torch.float32 for tensor in deltas.values())
-    assert sum(tensor.numel() for name, tensor in tensors.items() if name not in deltas) == 14 * 16
+    assert sum(tensor.numel() for name, tensor in tensors.items() if name not in deltas) == 14 * (16 + 2)
+    assert all(torch.equal(tensor, torch.ones(2)) for name, tensor in tensors.items() if name.endswith(about[1]))
 
 
 def test_a_config_of_a_loaded_adapter_starts_a_fresh_one(base, tokens, tmp_path):

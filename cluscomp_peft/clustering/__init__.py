@@ -16,6 +16,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -101,11 +102,16 @@ def kmeans(
         if start is None and init == "random":
             generator = torch.Generator().manual_seed(seed)
             start = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
-        elif start is None and engine == "torch":
+        lengths, shares = (0, 0) if engine == "scalar" else (_exponent(vectors), _exponent(weights))
+        unit = 2.0 ** (2 * lengths + shares)  # what the objective is counted in
+        vectors, weights, start = _scaled(vectors, lengths), _scaled(weights, shares), _scaled(start, lengths)
+        if start is None and engine == "torch":
             start = density_start(vectors, num_clusters, weights, seed)
+        told = None if progress is None else lambda done, objective, tell=progress: tell(done, objective * unit)
         codebook, codes, objective, done = _run(engine)(
-            vectors, num_clusters, weights, start, iterations, tolerance, seed, threads, progress
+            vectors, num_clusters, weights, start, iterations, tolerance, seed, threads, told
         )
+        codebook, objective = _scaled(codebook, -lengths), objective * unit
     unused = torch.bincount(codes, minlength=num_clusters) == 0
     return codebook, codes, KMeansInfo(objective, done, engine, time.perf_counter() - started, unused)
 
@@ -197,6 +203,20 @@ def _run(engine: str) -> Callable:
 
 def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _exponent(values: torch.Tensor | None) -> int:
+    """The power of two that values are to be counted in: 0, unless sums of squares or products with weights of them
+    could leave fp32."""
+    if values is None:
+        return 0
+    exponent = int(torch.frexp(values.abs().max())[1])
+    return 0 if abs(exponent) < 20 else max(-126, min(126, exponent))
+
+
+def _scaled(values: Any, exponent: int) -> Any:
+    """values / 2^exponent, which changes no digit; None stays None."""
+    return values if values is None or exponent == 0 else values * 2.0**-exponent
 
 
 def _lossless(vectors: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,6 +18,7 @@ at the ends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class _Line:
     """Ascending distinct values with weights above 0, and the prefix sums of both; `edges` [n + 1] cut them."""
 
     def __init__(self, values: np.ndarray, mass: np.ndarray) -> None:
-        middle = int(np.searchsorted(np.cumsum(mass), mass.sum() / 2))
+        middle = _place(np.cumsum(mass), mass.sum() / 2)
         self.origin = float(values[middle])
         self.values = values.astype(np.float64) - self.origin
         first = mass * self.values
@@ -216,7 +217,8 @@ class _Line:
         cuts = np.minimum(np.maximum(cuts, a), b)
         left, right = self.mass[cuts] - self.mass[a], self.mass[b] - self.mass[cuts]
         shift = (self.first[cuts] - self.first[a]) - left * mean
-        gains = np.where((left > 0) & (right > 0), shift**2 * mass / np.maximum(left * right, _TINY), 0)
+        product = left * right
+        gains = np.divide(shift**2 * mass, product, out=np.zeros_like(product), where=product > 0)
         cuts, gains = cuts[gains.argmax(0), np.arange(len(mean))], gains.max(0)
 
         # Pairs of neighbours that are cheaper to merge than those beside them: no cluster is in two.
@@ -247,7 +249,7 @@ class _Line:
         count, total = len(self.values), self.mass[-1] - self.mass[0]
         tail = 0.5 ** np.arange(1, 64)  # finer towards the ends, where a single value may lie far out
         shares = np.concatenate([np.linspace(0, 1, max(_BINS, 2 * clusters)), tail, 1 - tail])
-        edges = np.unique(np.searchsorted(self.mass, self.mass[0] + shares * total))
+        edges = np.unique(_place(self.mass, self.mass[0] + shares * total))
         edges = np.union1d(edges, [0, count])
         sizes = np.diff(edges)
         width = np.diff(self.values[np.minimum(edges, count - 1)])
@@ -267,6 +269,11 @@ class _Line:
         steps = (np.arange(clusters) + 0.5) * passed[-1] / clusters
         rank = np.interp(steps, passed, edges)
         return self.values[np.minimum(rank.astype(np.int64), count - 1)]
+
+
+def _place(sums: np.ndarray, wanted: Any) -> Any:
+    """Where in ascending sums the wanted ones are reached: the last place for those that rounding put beyond."""
+    return np.minimum(np.searchsorted(sums, wanted), len(sums) - 1)
 
 
 def _prefix(terms: np.ndarray, middle: int) -> np.ndarray:

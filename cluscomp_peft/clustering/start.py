@@ -12,20 +12,27 @@ So: a coarse clustering of a sample, its cells over all vectors, a share k_i for
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .lloyd import assign
 
 __all__ = ["density_shares", "density_start"]
 
+# (vectors, centroids) → nearest centroid [N] int64, squared distance to it [N] fp32
+Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 _PER_CELL = 32  # centroids of a coarse cell, on average
 _MAX_CELLS = 1024
 _SAMPLE = 256  # vectors of the sample for each cell
 _ITERATIONS = 4
-_CHUNK = 1 << 22  # vectors centred at once
+_CHUNK = 1 << 24  # vectors centred at once
 
 
-def density_start(vectors: torch.Tensor, num_clusters: int, weights: torch.Tensor | None, seed: int) -> torch.Tensor:
+def density_start(
+    vectors: torch.Tensor, num_clusters: int, weights: torch.Tensor | None, seed: int, search: Search = assign
+) -> torch.Tensor:
     """Picks distinct vectors, spread with the density that leaves the least squared error.
 
     Args:
@@ -34,6 +41,7 @@ def density_start(vectors: torch.Tensor, num_clusters: int, weights: torch.Tenso
         weights (`torch.Tensor`, *optional*): [N] fp32, at least 0. A vector of weight 0 is only picked if fewer than n
             others exist.
         seed (`int`): Same seed, device and machine give the same bytes.
+        search (`Callable`): Finds the coarse cell of every vector; `lloyd.assign` or what an engine has instead.
 
     Returns:
         [n, d] fp32, the vectors of a cell side by side.
@@ -41,7 +49,7 @@ def density_start(vectors: torch.Tensor, num_clusters: int, weights: torch.Tenso
     dim = vectors.shape[1]
     generator = torch.Generator().manual_seed(seed)
     wanted = max(1, min(_MAX_CELLS, num_clusters // _PER_CELL))
-    cell, error = _coarse_cells(vectors, wanted, weights, generator)
+    cell, error = _coarse_cells(vectors, wanted, weights, generator, search)
     if weights is not None:
         usable = weights > 0
         if int(usable.sum()) >= num_clusters:
@@ -64,7 +72,7 @@ def density_start(vectors: torch.Tensor, num_clusters: int, weights: torch.Tenso
 
 
 def _coarse_cells(
-    vectors: torch.Tensor, wanted: int, weights: torch.Tensor | None, generator: torch.Generator
+    vectors: torch.Tensor, wanted: int, weights: torch.Tensor | None, generator: torch.Generator, search: Search
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cell of each vector [N] and its squared distance to the middle of that cell [N] fp32."""
     total = len(vectors)
@@ -86,7 +94,7 @@ def _coarse_cells(
     error = torch.empty(total, dtype=torch.float32, device=vectors.device)
     for begin in range(0, total, _CHUNK):
         part = slice(begin, begin + _CHUNK)
-        cell[part], error[part] = assign(vectors[part] - middle, centroids)
+        cell[part], error[part] = search(vectors[part] - middle, centroids)
     return cell, error
 
 

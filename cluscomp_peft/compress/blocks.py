@@ -23,6 +23,8 @@ from .source import DenseCheckpoint
 
 __all__ = ["BlockModel", "find_blocks"]
 
+_MOST_PARTS = 4  # of the tuples that blocks return
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Name and list of the blocks: the outermost `nn.ModuleList` that holds most of the linear weights, if any."""
@@ -59,7 +61,7 @@ class BlockModel:
         self.prefix, self.blocks = found
         self.model, self.source, self.dtype, self.device = model.eval(), source, dtype, device
         self._calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in self.blocks]
-        self._tuple = False  # blocks return a tuple
+        self._parts = 0  # of the tuple that blocks return, the first of which is their output; 0: the output itself
         self._outside()
 
     def __len__(self) -> int:
@@ -123,8 +125,8 @@ class BlockModel:
 
     def stem(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first block is given for tokens [batch, length]: [batch, length, hidden]."""
-        # Blocks return their output, or a tuple with it; only what the model makes of it tells.
-        for self._tuple in (False, True):
+        # Blocks return their output, or a tuple with it first; only what the model makes of it tells.
+        for self._parts in range(_MOST_PARTS + 1):
             first = self._first_input(tokens)
             if first is not None:
                 return first.to(self.dtype)
@@ -152,7 +154,7 @@ class BlockModel:
                 )
             if index == len(self.blocks) - 1:
                 raise _Done
-            return (values,) if self._tuple else values
+            return self._returned(values)
 
         try:
             self._muted(tokens, note)
@@ -160,11 +162,18 @@ class BlockModel:
             return seen[0]
         except _Unlike:
             pass
+        except ValueError as error:
+            if "to unpack" not in str(error):  # a tuple of another length
+                raise
         return None
+
+    def _returned(self, values: torch.Tensor) -> Any:
+        """What a block would return: of the rest of its tuple (attention weights, a state) there is nothing."""
+        return (values, *[None] * (self._parts - 1)) if self._parts else values
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocabulary] where the last block returns `hidden`; every block has run before."""
-        return self._muted(tokens, lambda *_: (hidden,) if self._tuple else hidden)
+        return self._muted(tokens, lambda *_: self._returned(hidden))
 
     def _muted(self, tokens: torch.Tensor, answer: Callable[[int, tuple, dict], Any]) -> torch.Tensor:
         own = [block.__dict__.get("forward") for block in self.blocks]
@@ -182,7 +191,7 @@ class BlockModel:
         """The output of block `index`, which is loaded, for its input `hidden`."""
         args, kwargs = self._calls[index][len(hidden)]
         output = self.blocks[index](hidden, *args, **kwargs)
-        self._tuple = isinstance(output, tuple)
+        self._parts = len(output) if isinstance(output, tuple) else 0
         return output[0] if isinstance(output, tuple) else output
 
 

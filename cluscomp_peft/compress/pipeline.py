@@ -24,7 +24,7 @@ from .block import BlockSettings
 from .blocks import BlockModel, find_blocks
 from .calibrated import CalibratedBlocks, Calibration
 from .journal import Journal
-from .shard import TOGETHER, Job, compress_unit, keep_memory_small, trim_memory, write_shard
+from .shard import TOGETHER, Job, compress_unit, small_memory, trim_memory, write_shard
 from .source import DenseCheckpoint
 from .units import Unit, split_into_units
 from .workers import Progress, compress_in_workers
@@ -32,6 +32,7 @@ from .workers import Progress, compress_in_workers
 __all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
 
 
+@small_memory()
 def compress_shards(
     model: nn.Module,
     source: DenseCheckpoint,
@@ -66,7 +67,6 @@ def compress_shards(
         ValueError: If the checkpoint lacks weights, or a weight cannot be clustered.
         ChildProcessError: If a worker died.
     """
-    keep_memory_small()
     units = split_into_units(model, source, specs)
     job = Job(source, journal.folder, settings, dtype)
     blocks = None
@@ -83,6 +83,7 @@ def compress_shards(
         bar.update(total - sum(unit.weights for unit in left))
 
         def finished(unit: Unit, report: dict[str, Any]) -> None:
+            source.refuse_changes()
             journal.commit(done={**journal.content.get("done", {}), unit.shard: report})
             trim_memory()
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +24,15 @@ from ..linear import ClusteredLinear
 from .block import BlockSettings
 from .cluster import cluster_codes
 from .journal import save_tensors
-from .source import DenseCheckpoint
+from .source import PARTS, DenseCheckpoint
 from .units import Matrix, Unit, read_matrix
 
-__all__ = ["TOGETHER", "Job", "compress_unit", "keep_memory_small", "trim_memory", "write_shard"]
+__all__ = ["TOGETHER", "Job", "compress_unit", "small_memory", "trim_memory", "write_shard"]
 
 TOGETHER = 1 << 23  # weights that are clustered at once; each takes some 30 bytes meanwhile
 _LARGE = 1 << 20  # bytes
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # DEFAULT_MMAP_THRESHOLD_MAX of malloc.c
 _CHANNELS = 256  # of the input that errors are measured of at a time
 
 
@@ -176,17 +179,38 @@ def _tensors(unit: Unit, layers: dict[str, ClusteredLinear], job: Job) -> dict[s
             tensors[key] = job.source.read(key, job.dtype)
             continue
         base = key.removesuffix(".weight")
-        for part in ("codes", "codebook", "scale_in", "scale_out"):
+        for part in PARTS:
             value = getattr(layer, part)
             if value is not None:
                 tensors[f"{base}.{part}"] = value.detach().cpu().contiguous()
     return tensors
 
 
-def keep_memory_small() -> None:
+@contextmanager
+def small_memory() -> Iterator[None]:
     """Lets glibc take each large tensor from the system by itself, and give it back when it is freed; by default it
-    soon keeps them in a heap, where tensors of many sizes leave holes."""
-    _libc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
+    soon keeps them in a heap, where tensors of many sizes leave holes.
+
+    Training takes and frees the same tensors again and again, for which that heap is made, and each from the system
+    would be a third of its time. So afterwards thresholds are where glibc's own rule ends once a large tensor was
+    freed: the rule itself cannot be turned on again.
+    """
+    global _inside
+    with _counting:
+        _inside += 1
+        _libc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
+        _libc("mallopt", _M_TRIM_THRESHOLD, 2 * _LARGE)
+    try:
+        yield
+    finally:
+        with _counting:
+            _inside -= 1
+            if not _inside:
+                _libc("mallopt", _M_MMAP_THRESHOLD, _LARGEST)
+                _libc("mallopt", _M_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+_inside, _counting = 0, threading.Lock()  # runs in several threads of a process
 
 
 def trim_memory() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["DenseCheckpoint", "renaming_of"]
+__all__ = ["PARTS", "DenseCheckpoint", "renaming_of"]
 
-_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ONE_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PARTS = ("codes", "codebook", "scale_in", "scale_out")  # what takes the place of a weight that is clustered
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,9 +56,13 @@ class DenseCheckpoint:
                 for key, (begin, dtype, shape) in _header(path).items():
                     self._files[key], self._begins[key] = path, begin
                     self.dtypes[key], self.shapes[key] = dtype, shape
-            except (SafetensorError, OSError, KeyError) as error:
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            except (SafetensorError, KeyError) as error:
                 raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
+        self._begun = self.state()
         self._renamed = {} if rename is None else {rename(key): key for key in self._files}
+        self._renamed_parts = {} if rename is None else self._parts_renamed(rename)
 
     def _paths(self) -> list[str]:
         # In transformers' order: hubs hold the weights of some models a second time, under other names.
@@ -72,6 +77,7 @@ class DenseCheckpoint:
                 raise ValueError(f"{index} is damaged ({error!r}); download the model again.") from error
         else:
             names = sorted(name for name in os.listdir(self.folder) if name.endswith(".safetensors"))
+        # A pipe or socket under such a name would never end.
         missing = [name for name in names if not os.path.isfile(os.path.join(self.folder, name))]
         if missing:
             raise ValueError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download it again.")
@@ -89,9 +95,21 @@ class DenseCheckpoint:
         return None
 
     def find(self, name: str) -> str | None:
-        """As [`key`], also where loading renames it: for what is only read. What is written keeps the names of the
-        checkpoint, and whether a new name suits codes as it suits a weight is not known."""
+        """As [`key`], also where loading renames it."""
         return self.key(name) or self._renamed.get(name)
+
+    def weight_key(self, layer: str) -> str | None:
+        """The key of a layer's weight, if codes that are stored in its place under that name are found again."""
+        return self.key(f"{layer}.weight") or self._renamed_parts.get(layer)
+
+    def _parts_renamed(self, rename: Callable[[str], str]) -> dict[str, str]:
+        """Layer → key of its weight, where a renaming takes what a clustered layer stores to the same layer."""
+        found = {}
+        for name, key in self._renamed.items():
+            layer, stored = name.removesuffix(".weight"), key.removesuffix(".weight")
+            if layer != name and stored != key and all(rename(f"{stored}.{p}") == f"{layer}.{p}" for p in PARTS):
+                found[layer] = key
+        return found
 
     def num_bytes(self, key: str) -> int:
         """Bytes of a tensor as it is stored."""
@@ -107,14 +125,28 @@ class DenseCheckpoint:
                 file.seek(self._begins[key])
                 if file.readinto(data) != len(data):
                     raise EOFError(f"{key} ends early")
-        except (OSError, EOFError) as error:
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except EOFError as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def state(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every file: another state is another model."""
-        paths = sorted(set(self._files.values()))
-        return [(os.path.basename(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+        paths = [*sorted(set(self._files.values())), os.path.join(self.folder, _CONFIG)]
+        found = [(path, os.stat(path)) for path in paths if os.path.exists(path)]
+        return [(os.path.basename(path), status.st_size, status.st_mtime_ns) for path, status in found]
+
+    def refuse_changes(self) -> None:
+        """Raises a ValueError if a file is no longer the one that was opened: what is read of it now would be mixed
+        with what was read before."""
+        now = self.state()
+        if now != self._begun:
+            changed = sorted({name for name, *_ in {*now}.symmetric_difference(self._begun)})
+            raise ValueError(
+                f"{self.folder} was changed while it was compressed ({', '.join(changed)}), so the result would be a "
+                "mixture of two models; start anew with --overwrite."
+            )
 
 
 def renaming_of(model: Any) -> Callable[[str], str]:
@@ -131,6 +163,12 @@ def renaming_of(model: Any) -> Callable[[str], str]:
         return key
 
     return rename
+
+
+def _unreadable(path: str, error: OSError) -> OSError:
+    """A disk that fails says nothing of what is on it."""
+    text = f"{path} cannot be read ({error.strerror or error}); run the same command again."
+    return OSError(text) if error.errno is None else OSError(error.errno, text)
 
 
 def _header(path: str) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:

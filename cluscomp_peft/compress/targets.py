@@ -8,13 +8,80 @@ model's weights, and a tool that looks for linear layers alone would leave them 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
 
-from ..linear import is_dense_linear
+from ..linear import ClusteredLinear, is_dense_linear
 
-__all__ = ["dense_linears", "refuse_fused_experts", "refuse_linears_of_their_own"]
+__all__ = ["LinearWeight", "dense_linears", "linear_weights", "refuse_fused_experts", "refuse_linears_of_their_own"]
+
+_EXPERTS, _OUTSIDE = "fused experts", "outside the blocks"
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight that multiplies: of a linear layer, or a stack of matrices in one 3-D parameter.
+
+    Args:
+        name (`str`): Of the layer; of the parameter if it is 3-D.
+        module (`nn.Module`): That holds it.
+        weights (`int`): Numbers in it.
+        reason (`str`, *optional*): Why it is not clustered unless the user says otherwise; None if it is.
+        layer (`bool`): It is that of a linear layer.
+    """
+
+    name: str
+    module: nn.Module
+    weights: int
+    reason: str | None
+    layer: bool = True
+
+
+def linear_weights(model: nn.Module) -> list[LinearWeight]:
+    """Every linear weight of a model, dense or clustered, in its order; one that layers share counts once."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {id(output), id(getattr(output, "base_layer", output))}
+    found: list[LinearWeight] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ClusteredLinear):
+            found.append(LinearWeight(name, module, module.in_features * module.out_features, None))
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            weight = module._parameters.get("weight")
+            size = module.weight.numel()
+            if id(weight) in seen:
+                size = 0
+            elif weight is not None:
+                seen.add(id(weight))
+            reason = None
+            if id(module) in heads:
+                reason = "output head"
+            elif weight is None:
+                reason = "its weight is computed, by pruning or a parametrisation"
+            elif not is_dense_linear(module):
+                reason = f"{type(module).__name__} computes something else than nn.Linear"
+            elif owners[id(weight)] != 1:
+                reason = "shares its weight with another module"
+            elif blocks and not name.startswith(blocks):
+                reason = _OUTSIDE
+            found.append(LinearWeight(name, module, size, reason))
+        else:
+            found += _stacks(model, name, module)
+    # A model without linear layers in lists of blocks has them elsewhere.
+    if not any(weight.reason is None for weight in found):
+        found = [replace(weight, reason=None) if weight.reason == _OUTSIDE else weight for weight in found]
+    return found
 
 
 def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -24,30 +91,17 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     embeddings; every one in a model without such lists. Layers whose weight is shared with another module, or is
     computed (by pruning or a parametrisation), are left out as well.
     """
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners[id(weight)] = owners.get(id(weight), 0) + 1
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if is_dense_linear(module) and owners.get(id(module._parameters.get("weight"))) == 1
-    ]
-    inside = [(name, module) for name, module in layers if name.startswith(blocks)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    yield from inside or [(name, module) for name, module in layers if module is not head]
+    for weight in linear_weights(model):
+        if weight.reason is None and not isinstance(weight.module, ClusteredLinear):
+            yield weight.name, weight.module
 
 
 def refuse_fused_experts(model: nn.Module) -> None:
     """Raises a ValueError that names fused 3-D expert parameters, if the model has any."""
     fused = [
-        f"{name}.{key} {tuple(parameter.shape)}"
-        for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] > 1 and key != "codebook"
+        f"{weight.name} {tuple(weight.module.get_parameter(weight.name.rpartition('.')[2]).shape)}"
+        for weight in linear_weights(model)
+        if weight.reason == _EXPERTS
     ]
     if fused:
         shown = ", ".join(fused[:3]) + (f" and {len(fused) - 3} more" if len(fused) > 3 else "")
@@ -55,6 +109,35 @@ def refuse_fused_experts(model: nn.Module) -> None:
             f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster "
             "in target_modules (attention, shared experts) to leave the fused experts dense."
         )
+
+
+def _stacks(model: nn.Module, name: str, module: nn.Module) -> list[LinearWeight]:
+    """Matrices that are stacked in 3-D parameters: experts, or gates of several heads."""
+    if isinstance(module, (_ConvNd, ParametrizationList)):
+        return []
+    counts = _expert_counts(getattr(model, "config", None))
+    found = []
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or parameter.shape[0] < 2 or key == "codebook":
+            continue
+        full = f"{name}.{key}" if name else key
+        named = "expert" in f"{full}.{type(module).__name__}".lower()
+        # Without a config nothing says that they are something else.
+        experts = named or parameter.shape[0] in counts or not hasattr(model, "config")
+        reason = _EXPERTS if experts else "a 3-D parameter of no linear layer"
+        found.append(LinearWeight(full, module, parameter.numel(), reason, layer=False))
+    return found
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """The numbers of experts that a config names, in itself or in the configs inside it."""
+    counts: set[int] = set()
+    for key, value in vars(config).items() if config is not None else ():
+        if key.endswith("experts") and type(value) is int:
+            counts.add(value)
+        elif key.endswith("_config") and hasattr(value, "__dict__"):
+            counts |= _expert_counts(value)
+    return counts
 
 
 def refuse_linears_of_their_own(model: nn.Module) -> None:

@@ -82,7 +82,7 @@ def split_into_units(model: nn.Module, source: DenseCheckpoint, specs: dict[str,
         prefix, blocks = found
         for index, block in enumerate(blocks):
             for name in block.state_dict():
-                key = source.key(f"{prefix}.{index}.{name}")
+                key = source.find(f"{prefix}.{index}.{name}")
                 if key is not None:
                     owners[key] = index
     count = 0 if found is None else len(found[1])
@@ -123,12 +123,24 @@ def read_matrix(source: DenseCheckpoint, matrix: Matrix) -> torch.Tensor:
 
 
 def _matrix(model: nn.Module, source: DenseCheckpoint, name: str, spec: ClusterSpec) -> Matrix:
-    key = source.key(f"{name}.weight")
+    key = source.weight_key(name)
     if key is None:
-        raise ValueError(
-            f"{source.folder} lacks {name}.weight; it is incomplete, or stores this model under other names: load it "
-            "once with from_pretrained and save it with save_pretrained()."
-        )
+        raise ValueError(_absent(source, name, type(model).__name__))
     dense = model.get_submodule(name)
     out, inputs = weight_of(dense).shape
     return Matrix(name, key, spec, (out, inputs), isinstance(dense, Conv1D))
+
+
+def _absent(source: DenseCheckpoint, name: str, kind: str) -> str:
+    """Why a weight cannot be taken from a checkpoint."""
+    other = source.find(f"{name}.weight")
+    if other is not None:
+        return (
+            f"{source.folder} stores {name}.weight as {other}, and transformers renames weights of that name, but not "
+            "codes; leave the layer dense with exclude_modules."
+        )
+    return (
+        f"{source.folder} lacks {name}.weight of {kind}, the class that its config.json names. If another tensor "
+        "holds it together with other weights, it cannot be clustered: leave it dense with exclude_modules. If not, "
+        "the weights are of another model or another class, or a file is missing."
+    )

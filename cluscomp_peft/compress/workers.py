@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .shard import Job, compress_unit, keep_memory_small
+from .shard import Job, compress_unit, small_memory
 from .units import Unit
 
 __all__ = ["Progress", "compress_in_workers", "peak_memory", "visible_devices"]
@@ -175,12 +175,12 @@ class _Worker:
         )
 
 
+@small_memory()
 def _work(link: connection.Connection, job: Job, device: torch.device) -> None:
     """What a worker does: units in, reports out, until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(job.settings.threads or 1)
-    keep_memory_small()
     lock = threading.Lock()
 
     def say(kind: str, value: Any) -> None:

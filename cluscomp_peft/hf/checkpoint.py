@@ -1,30 +1,40 @@
-"""Looking into compressed checkpoints: what `cluscomp inspect` does."""
+"""Looking into compressed checkpoints by their headers: what `cluscomp inspect` does, and what is checked before one
+is loaded.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig
 
+from ..codes import ClusterSpec
+from ..compress.source import renaming_of
 from ..layout import expand
+from ..linear import weight_shape
+from .architecture import empty_model
+from .choice import coverage_of
 from .config import ClusCompQuantizationConfig
 
 __all__ = [
     "REPORT_NAME",
     "MatrixReport",
     "check_folder",
+    "check_tensors",
     "inspect_checkpoint",
     "read_report",
     "weight_bytes",
 ]
 
 REPORT_NAME = "cluscomp_report.json"
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
 
     Returns:
         A [`MatrixReport`] for each clustered matrix, and totals: weights, true_bits, clustered_bytes, dense_bytes,
-        total_bytes, relative_error.
+        total_bytes, relative_error, coverage.
 
     Raises:
         ValueError: If it is no ClusComp checkpoint, or a file is damaged.
@@ -60,22 +70,23 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         quantization = ClusCompQuantizationConfig.from_dict(quantization)
     if not isinstance(quantization, ClusCompQuantizationConfig):
         raise ValueError(f"{path} is no ClusComp checkpoint: its config.json has no cluscomp quantization_config.")
-    shapes = _tensor_shapes(folder)
+    headers = _headers(_weight_files(folder))
     del config.quantization_config  # the plain model has the names and shapes
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config, path)
+    rename = renaming_of(model)  # checkpoints keep the names that a class had when they were made
+    headers = {rename(key): header for key, header in headers.items()}
     layers = dict(model.named_modules())
     report = read_report(folder)
     errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
     itemsize = quantization.dtype.itemsize
     matrices = []
     clustered_bytes = weights = 0
-    for name, spec in expand(quantization.layout, layers, model.base_model_prefix).items():
-        stored = [shapes[key] for key in shapes if key.endswith(f"{name}.codes")]
-        if not stored:
+    specs = expand(quantization.layout, layers, model.base_model_prefix)
+    check_tensors(_weight_files(folder), quantization, layers, specs, model.base_model_prefix)
+    for name, spec in specs.items():
+        if not any(key.endswith(f"{name}.codes") for key in headers):
             raise ValueError(f"{path} lacks {name}.codes; it is incomplete, download or compress it again.")
-        weight = layers[name].weight.shape
-        out_features, in_features = weight if stored[0][0] == weight[1] else (weight[1], weight[0])
+        out_features, in_features = weight_shape(layers[name])
         size = spec.num_bytes(in_features, out_features, itemsize)
         clustered_bytes += size
         weights += in_features * out_features
@@ -92,6 +103,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
         "relative_error": report["summary"].get("relative_error"),
+        "coverage": coverage_of(model, quantization, [matrix.name for matrix in matrices]),
     }
     return matrices, totals
 
@@ -99,9 +111,61 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
 def check_folder(path: str) -> None:
     """Refuses a path that can only be a folder and is none, and weight files that are cut off, by name."""
     if os.path.isdir(path):
-        _tensor_shapes(path)
+        _headers(_weight_files(path))
     elif os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
         raise ValueError(f"{path} is no folder (and no hub id, which reads like owner/name).")
+
+
+def check_tensors(
+    files: Iterable[str],
+    config: ClusCompQuantizationConfig,
+    layers: Mapping[str, nn.Module],
+    specs: Mapping[str, ClusterSpec],
+    prefix: str,
+) -> None:
+    """Holds the tensors of a compressed checkpoint against its config, by their headers.
+
+    What is absent is left to whoever loads. Nothing is checked where the file calls the layers otherwise than the
+    model does, which transformers translates for some architectures.
+
+    Args:
+        files: Safetensors files.
+        config: What `config.json` says.
+        layers: Name to module, in the dense model.
+        specs: Of those that are clustered: how each is stored.
+        prefix: The model's `base_model_prefix`.
+
+    Raises:
+        ValueError: If a tensor is of another shape or dtype than the config says, or one of which it says nothing.
+    """
+    headers = _headers(path for path in files if path.endswith(".safetensors"))
+    present = {key.removesuffix(".codes") for key, (_, dtype) in headers.items() if key.endswith(".codes")}
+    spelled = {name: _spelling(name, prefix, present) for name in specs}
+    if None in spelled.values():
+        return
+    for name in sorted(present - expand(config.layout, present, prefix).keys()):
+        raise ValueError(
+            f"the checkpoint has {name}.codes, but its config.json does not say that {name} is clustered: the two do "
+            "not belong together. Download or compress it again."
+        )
+    floats = _DTYPES[config.codebook_dtype]
+    for name, spec in specs.items():
+        out_features, in_features = weight_shape(layers[name])
+        wanted: dict[str, tuple[list[int], str] | None] = {
+            "codes": ([in_features, spec.code_bytes(out_features)], "U8"),
+            "codebook": ([spec.num_blocks, spec.num_clusters, spec.group_size], floats),
+            "scale_in": ([in_features], floats) if spec.scale_in else None,
+            "scale_out": ([out_features], floats) if spec.scale_out else None,
+            "weight": None,
+        }
+        for leaf, value in wanted.items():
+            found = headers.get(f"{spelled[name]}.{leaf}")
+            if found is not None and found != value:
+                says = "no such tensor" if value is None else f"{value[1]} {value[0]}"
+                raise ValueError(
+                    f"{spelled[name]}.{leaf} is {found[1]} {found[0]} in the checkpoint, but by its config.json there "
+                    f"is {says}: the two do not belong together. Download or compress it again."
+                )
 
 
 def read_report(folder: str) -> dict[str, dict[str, Any]]:
@@ -136,13 +200,21 @@ def weight_bytes(folder: str) -> int:
     return sum(os.path.getsize(path) for path in _weight_files(folder))
 
 
-def _tensor_shapes(folder: str) -> dict[str, list[int]]:
-    shapes = {}
-    for path in _weight_files(folder):
+def _headers(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype, as safetensors writes it, of every tensor of the files."""
+    found = {}
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
-                    shapes[key] = file.get_slice(key).get_shape()
+                    part = file.get_slice(key)
+                    found[key] = (part.get_shape(), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); download or compress it again.") from error
-    return shapes
+    return found
+
+
+def _spelling(name: str, prefix: str, present: Iterable[str]) -> str | None:
+    """What the file calls a layer: with or without the model's prefix; None if it is not there."""
+    spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if prefix else (name,)
+    return next((spelling for spelling in spellings if spelling in present), None)

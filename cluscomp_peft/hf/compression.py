@@ -17,36 +17,38 @@ import time
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
 from .._version import __version__
 from ..codes import ClusterSpec
-from ..compress.allocation import Demand, allocate
 from ..compress.block import BlockSettings
-from ..compress.blocks import BlockModel
 from ..compress.calibration import calibration_windows
-from ..compress.journal import Journal
+from ..compress.journal import Journal, disk_errors
 from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
-from ..compress.sensitivity import measure_sensitivity
 from ..compress.source import DenseCheckpoint, renaming_of
 from ..compress.targets import refuse_linears_of_their_own
 from ..compress.workers import peak_memory, visible_devices
 from ..layout import summarize
-from ..linear import weight_of
+from .architecture import (
+    check_generation_config,
+    empty_model,
+    read_tokenizer,
+    refuse_calibration,
+    stored_dtype,
+    write_generation_config,
+)
 from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
+from .choice import chosen_layers, coverage_of
 from .config import ClusCompQuantizationConfig
 from .model_card import model_card
-from .quantizer import choose_specs, chosen_layers
 from .report_page import render_report
-from .target import ONE_NAME, check_target, join_shards, move, write_text
+from .specs import specs_of_run
+from .target import ONE_NAME, check_target, join_shards, move, restore_aside, work_folder, write_text
 
 __all__ = ["compress_checkpoint", "write_page"]
 
 PAGE_NAME = "report.html"
-_SENSITIVITY_TOKENS = 16384
-_MARGIN = 4096  # bytes of a size budget that stay free for what is written last
 
 
 def compress_checkpoint(
@@ -66,7 +68,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Clusters a dense causal language model and writes a checkpoint that `from_pretrained` loads.
+    """Clusters a dense model of the class that its config names; `from_pretrained` loads what it writes.
 
     One block at a time is in memory, with calibration also its activations; without, as many matrices as are clustered
     at once. The same call goes on where an earlier one ended, and ends with the same bytes.
@@ -109,12 +111,14 @@ def compress_checkpoint(
     model_config = AutoConfig.from_pretrained(source)
     if getattr(model_config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised already; compress the dense model.")
-    tokenizer = _tokenizer(source)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config)
+    model = empty_model(model_config, source)
+    if calibration is not None:
+        refuse_calibration(model, source)
+    tokenizer = read_tokenizer(source)
     folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
     dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model))
-    kept = _dtype(dtype, model_config, dense)
+    check_generation_config(folder)
+    kept = stored_dtype(dtype, model_config, dense)
     if config.target_modules is None:
         refuse_linears_of_their_own(model)
     layers = chosen_layers(model, config)
@@ -126,7 +130,8 @@ def compress_checkpoint(
         windows = calibration_windows(model, tokenizer, source, calibration, samples, seqlen)
         given = Calibration(windows, devices[0])
 
-    parent, name = os.path.split(os.path.abspath(target))
+    target = os.path.abspath(target)
+    parent, name = os.path.split(target)
     job = {
         "source": dense.state(),
         "config": config.to_dict(),
@@ -138,14 +143,17 @@ def compress_checkpoint(
         "device": devices[0].type,  # which sets the engine of K-means and the dtype of stored activations
         "version": __version__,
     }
-    work = os.path.join(parent, f".{name}.partial")
+    work = work_folder(target)
     journal = Journal(work, job, anew=overwrite)
     try:
+        restore_aside(journal, target)
+        check_target(source, target, overwrite)  # again, as nobody else can be at work any more
         if journal.content.get("done"):
             print(f"{target}: going on where an earlier run ended", file=sys.stderr)
         if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        specs = _specs(model, layers, config, dense, kept, journal, given, size)
+            with disk_errors(work):
+                tokenizer.save_pretrained(work)
+        specs = specs_of_run(model, layers, config, dense, kept, journal, given, size)
         result = compress_shards(
             model,
             dense,
@@ -157,6 +165,7 @@ def compress_checkpoint(
             calibration=given,
             workers=workers,
         )
+        dense.refuse_changes()
         join_shards(work, result["shards"])
         squares = [(entry["squared_error"], entry["squared_norm"]) for entry in result["matrices"].values()]
         weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
@@ -174,17 +183,20 @@ def compress_checkpoint(
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
+            "coverage": coverage_of(model, config, layers),
         }
         model_config.dtype = kept
-        _finish(work, name, model, model_config, config, specs, result, summary)
-        move(work, os.path.join(parent, name))
+        _finish(work, name, folder, model, model_config, config, specs, result, summary)
+        check_target(source, target, overwrite)  # which may have been filled meanwhile
+        move(journal, target)
     except BaseException as error:
-        # What is wrong with model, text or settings stays wrong; a full disk, a signal or a crash does not.
-        if isinstance(error, ValueError) or not journal.content.get("done"):
-            journal.discard()
+        _keep_or_discard(journal, target, error, measured=given is not None)
+        if isinstance(error, (ValueError, OSError)):
+            dense.refuse_changes()  # which explains whatever else was found
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                error.errno, f"{parent} is full; make room there and run the same command again, it goes on from there"
+                error.errno,
+                f"{parent} is full; make room there and run the same command again, it goes on from there.",
             ) from error
         raise
     finally:
@@ -210,75 +222,10 @@ def write_page(path: str, page: str) -> None:
     write_text(page, render_report(os.path.basename(os.path.abspath(path)), report))
 
 
-def _specs(
-    model: Any,
-    layers: dict[str, Any],
-    config: ClusCompQuantizationConfig,
-    dense: DenseCheckpoint,
-    dtype: torch.dtype,
-    journal: Journal,
-    given: Calibration | None,
-    size: int | None,
-) -> dict[str, ClusterSpec]:
-    """How every matrix is stored: what an earlier run chose, what the settings say, or the best allocation."""
-    if "specs" in journal.content:
-        return {name: ClusterSpec(**fields) for name, fields in journal.content["specs"].items()}
-    started = time.perf_counter()
-    if size is None and (given is None or config.group_size is not None):
-        specs = choose_specs(model, config)
-    else:
-        shapes = {name: tuple(weight_of(layer).shape) for name, layer in layers.items()}
-        weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
-        sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
-        if given is not None:
-            enough = -(-_SENSITIVITY_TOKENS // given.batches[0].numel())
-            blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
-            measured = measure_sensitivity(blocks, given.fitted[:enough])
-            sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
-        demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
-        if size is not None:
-            budget = size - _other_bytes(model, layers, dense, dtype, journal.folder)
-        else:
-            assert config.bits is not None
-            budget = int(config.bits * sum(weights.values()) / 8)
-        try:
-            specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
-        except ValueError as error:
-            if size is None:
-                raise
-            raise ValueError(
-                f"a size of {size} bytes is out of reach: {size - budget} bytes are taken by tensors that stay dense "
-                f"(--dtype can narrow them), tokenizer and reports, and {error}"
-            ) from error
-    journal.commit(
-        specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started
-    )
-    return specs
-
-
-def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
-    """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
-    clustered = {dense.key(f"{name}.weight") for name in layers}
-    total = 0
-    for key, shape in dense.shapes.items():
-        itemsize = dtype.itemsize if dense.dtypes[key].is_floating_point else dense.dtypes[key].itemsize
-        total += 0 if key in clustered else math.prod(shape) * itemsize
-    total += sum(entry.stat().st_size for entry in os.scandir(work) if entry.name not in ("journal.json", "lock"))
-    entry = {
-        "shape": [65536, 65536],
-        "spec": {"group_size": 16, "num_clusters": 65536, "scale_in": True, "scale_out": True},
-        "bytes": 10**9, "true_bits": 1 / 3, "relative_error": 1 / 3, "squared_error": 1 / 3, "squared_norm": 1 / 3,
-        "output_error": {"clustered": 1 / 3, "feedback": 1 / 3},
-    }  # fmt: skip
-    report = {"summary": {"true_bits": 1 / 3}, "matrices": dict.fromkeys(layers, entry)}
-    # Headers of safetensors name each tensor once, the index again.
-    names = sum(len(key) + 130 for key in dense.shapes) + sum(3 * len(name) + 700 for name in layers)
-    return total + names + len(json.dumps(report, indent=1)) + len(render_report("x", report)) + 3 * _MARGIN
-
-
 def _finish(
     work: str,
     name: str,
+    folder: str,
     model: Any,
     model_config: Any,
     config: ClusCompQuantizationConfig,
@@ -290,19 +237,17 @@ def _finish(
     config.layout = summarize(specs, [name for name, _ in model.named_modules()])
     config.fingerprint = fingerprint_of(result["fingerprints"], model)
     model_config.quantization_config = config.to_dict()
-    model_config.architectures = [type(model).__name__]
+    model_config.architectures = model_config.architectures or [type(model).__name__]
     model_config.save_pretrained(work)
-    try:
-        GenerationConfig.from_pretrained(summary["source"]).save_pretrained(work)
-    except (OSError, ValueError):
-        model.generation_config.save_pretrained(work)
+    write_generation_config(model, folder, work)
     shards = result["shards"]
     places = {key: shard for shard, keys in shards.items() for key in keys}
     total = sum(map(sum, (keys.values() for keys in shards.values())))
-    report = {key: result[key] for key in ("matrices", "blocks", "losses")}
-    for entry in report["matrices"].values():
-        del entry["squared_error"], entry["squared_norm"]
-    report = {"summary": summary, **report}
+    matrices = {
+        layer: {key: value for key, value in entry.items() if key not in ("squared_error", "squared_norm")}
+        for layer, entry in result["matrices"].items()
+    }
+    report = {"summary": summary, "matrices": matrices, "blocks": result["blocks"], "losses": result["losses"]}
     texts = {
         REPORT_NAME: json.dumps(report, indent=1),
         PAGE_NAME: render_report(name, report),
@@ -315,6 +260,20 @@ def _finish(
         write_text(os.path.join(work, file_name), text)
 
 
+def _keep_or_discard(journal: Journal, target: str, error: BaseException, measured: bool) -> None:
+    """Leaves what is done as it is, and says so; takes away a folder in which nothing is."""
+    if os.path.isdir(journal.folder):
+        restore_aside(journal, target)
+    done = len(journal.content.get("done", {}))
+    if done:
+        error.add_note(
+            f"The {done} finished shards stay in {journal.folder}: the same command goes on from there, --overwrite "
+            "starts anew, and removing that folder gives them up."
+        )
+    elif isinstance(error, ValueError) or not (measured and "specs" in journal.content):
+        journal.discard()
+
+
 def _check_workers(workers: int, calibration: str | None) -> None:
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}.")
@@ -324,23 +283,3 @@ def _check_workers(workers: int, calibration: str | None) -> None:
             "before it hand on, so blocks come one after another, and one process uses all cores for each. Leave out "
             "--workers, or --calibration."
         )
-
-
-def _dtype(dtype: str, model_config: Any, dense: DenseCheckpoint) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    named = getattr(model_config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    sizes: dict[torch.dtype, int] = {}
-    for key, kind in dense.dtypes.items():
-        if kind.is_floating_point:
-            sizes[kind] = sizes.get(kind, 0) + dense.num_bytes(key)
-    return max(sizes, key=lambda kind: sizes[kind])
-
-
-def _tokenizer(source: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None  # a model of token ids alone; only calibration text would need one

@@ -24,15 +24,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codes import ClusterSpec, combine_fingerprints
-from ..compress.allocation import choose_spec
 from ..compress.cluster import cluster_linear
 from ..compress.pipeline import TOGETHER
-from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import hooks_of, offload_hook
+from .checkpoint import check_tensors
+from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
-from .refusals import refuse_offloading, refuse_tensor_parallel
+from .refusals import refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -99,8 +99,10 @@ class ClusCompHfQuantizer(HfQuantizer):
                 f"none of the {len(config.layout)} clustered matrices of this checkpoint is a linear layer of "
                 f"{type(model).__name__}; it was made from another architecture, or its config.json is damaged."
             )
+        layers = {name: model.get_submodule(name) for name in self._specs}
+        check_tensors(kwargs.get("checkpoint_files") or [], config, layers, self._specs, model.base_model_prefix)
         for name, spec in self._specs.items():
-            dense = model.get_submodule(name)
+            dense = layers[name]
             out_features, in_features = weight_of(dense).shape
             clustered = ClusteredLinear(
                 in_features,
@@ -140,6 +142,7 @@ class ClusCompHfQuantizer(HfQuantizer):
                 raise self.failure
             self._record(model)
             return model
+        refuse_non_finite(clustered_linears(model))
         self.hooks = hooks_of(model)
         for name, module in clustered_linears(model):
             if module.has_stray_codes():
@@ -292,52 +295,6 @@ def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return any(part in kept for part in name.split("."))
 
 
-def chosen_layers(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, nn.Module]:
-    """Which layers of a dense model to cluster.
-
-    Raises:
-        ValueError: If no layer matches, a name in `target_modules` matches none, or experts are fused.
-    """
-    layers = dict(dense_linears(model))
-    if config.target_modules is None:
-        refuse_fused_experts(model)
-        chosen = list(layers)
-    else:
-        chosen = [name for name in layers if _matches(name, config.target_modules)]
-        for target in config.target_modules:
-            if not any(_matches(name, [target]) for name in layers):
-                raise ValueError(
-                    f"target_modules names {target!r}, but no linear layer of {type(model).__name__} is or ends with "
-                    "it."
-                )
-    chosen = [name for name in chosen if not _matches(name, config.exclude_modules or [])]
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no linear layer left to cluster; check exclude_modules.")
-    return {name: layers[name] for name in chosen}
-
-
-def choose_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
-    """How each layer of [`chosen_layers`] is stored, whatever the others take.
-
-    Raises:
-        ValueError: If a matrix does not fit the settings.
-    """
-    specs = {}
-    for name, layer in chosen_layers(model, config).items():
-        out_features, in_features = weight_of(layer).shape
-        specs[name] = choose_spec(
-            in_features,
-            out_features,
-            bits=config.bits,
-            group_size=config.group_size,
-            num_clusters=config.num_clusters,
-            scales=config.scales,
-            codebook_itemsize=config.dtype.itemsize,
-            name=name,
-        )
-    return specs
-
-
 def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:
     """(name, layer) of every clustered layer, in the order of the model."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ClusteredLinear)]
@@ -354,7 +311,3 @@ def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
     if hook is not None:
         return key in hook.weights_map
     return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
-
-
-def _matches(name: str, targets: list[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)

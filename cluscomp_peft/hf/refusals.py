@@ -1,12 +1,31 @@
-"""What `from_pretrained` can be asked for and a clustered model cannot give; said before a weight is read."""
+"""What `from_pretrained` can be asked for and a clustered model cannot give, said before a weight is read; and what a
+checkpoint may not hold.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["refuse_offloading", "refuse_tensor_parallel"]
+from ..linear import ClusteredLinear
+from ..offloading import stored
+
+__all__ = ["refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel"]
+
+
+def refuse_non_finite(layers: Iterable[tuple[str, ClusteredLinear]]) -> None:
+    """Raises a ValueError if codebooks or scales that a checkpoint brought have NaN or infinite values."""
+    for name, layer in layers:
+        for key in ("codebook", "scale_in", "scale_out"):
+            value = stored(layer, key)
+            if value is not None and not value.is_meta and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{name}.{key} has NaN or infinite values in the checkpoint: it is damaged, or was merged with a "
+                    "broken adapter. Download or compress it again."
+                )
 
 
 def refuse_offloading(device_map: Any) -> None:

@@ -1,32 +1,60 @@
-"""The folder of a compressed checkpoint: from the hidden one where work goes on to its place, never half written."""
+"""The folder of a compressed checkpoint: from the hidden one where work goes on to its place, never half written.
+
+    .OUT.partial ── renamed ──► OUT                 the journal goes with it, and is removed last
+                    OUT ──────► .OUT.old            a checkpoint that --overwrite replaces, until the new one is there
+
+Whatever is removed here, the journal has to name it by its inode, which a folder keeps when it is renamed: a folder
+that merely has such a name, or a journal that someone copied, is the user's.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ..compress.journal import JOURNAL, LOCK, replace_file
+from ..compress.journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file, save_tensors
 
-__all__ = ["ONE_NAME", "check_target", "join_shards", "move", "write_text"]
+__all__ = ["ONE_NAME", "check_target", "join_shards", "move", "restore_aside", "work_folder", "write_text"]
 
 ONE_NAME = "model.safetensors"
 _ONE_FILE = 1 << 26  # bytes of weights up to which shards are joined in the end
 
 
 def check_target(source: str, target: str, overwrite: bool) -> None:
+    """Refuses a place where no checkpoint can be put, or where something of the user's is in the way.
+
+    Raises:
+        ValueError: If it is a mount point or a link, exists already, holds the dense model, or, with `overwrite`, is
+            no model.
+    """
     target = os.path.abspath(target)
-    if os.path.isfile(os.path.join(target, JOURNAL)):
-        _tidy(target)  # a run was killed at its very last step
+    if os.path.islink(target):
+        raise ValueError(
+            f"{target} is a symbolic link to {os.path.realpath(target)}; name that folder itself, or another one."
+        )
+    if os.path.ismount(target):
+        raise ValueError(
+            f"{target} is a mount point, which cannot be replaced by a finished folder; choose a folder inside it."
+        )
+    _finish_earlier(target)
     if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
     if os.path.commonpath([os.path.realpath(target), os.path.realpath(source)]) == os.path.realpath(target):
         raise ValueError(f"{target} is the dense model itself, or holds it; choose another folder.")
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
-    if not os.path.isfile(os.path.join(target, "config.json")):
+    if not _is_model(target):
         raise ValueError(f"{target} holds something that is no model, which --overwrite does not touch; remove it.")
+
+
+def work_folder(target: str) -> str:
+    """Where the work for a target goes on."""
+    parent, name = os.path.split(os.path.abspath(target))
+    return os.path.join(parent, f".{name}.partial")
 
 
 def join_shards(work: str, shards: dict[str, dict[str, int]]) -> None:
@@ -38,7 +66,7 @@ def join_shards(work: str, shards: dict[str, dict[str, int]]) -> None:
         tensors = {}
         for shard in shards:
             tensors.update(load_file(os.path.join(work, shard)))
-        replace_file(whole, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        save_tensors(whole, tensors)
     for shard in shards:
         if os.path.exists(os.path.join(work, shard)):
             os.remove(os.path.join(work, shard))
@@ -52,30 +80,83 @@ def write_text(path: str, text: str) -> None:
     replace_file(path, write)
 
 
-def move(work: str, target: str) -> None:
+def move(journal: Journal, target: str) -> None:
     """The working folder, without what only a run needs, becomes the target.
 
     The journal goes last: until the target is in its place, a run that is interrupted goes on.
     """
+    work = journal.folder
     for entry in list(os.scandir(work)):
         if entry.name.startswith(("dense.", "compressed.")):
             os.remove(entry.path)
     if os.path.isdir(target):
         # Set aside first: at no moment is there neither the old checkpoint nor the new one.
-        shutil.rmtree(_old(target), ignore_errors=True)
-        os.rename(target, _old(target))
+        aside = _free_name(target)
+        journal.commit(aside={"path": aside, "inode": _inode(target)}, moved=_inode(work))
+        os.rename(target, aside)
+    else:
+        journal.commit(moved=_inode(work))
     os.rename(work, target)
-    _tidy(target)
+    _tidy(target, journal.content)
 
 
-def _tidy(target: str) -> None:
+def restore_aside(journal: Journal, target: str) -> None:
+    """Puts back a checkpoint that a run set aside and then could not replace."""
+    aside = journal.content.get("aside")
+    if aside is None:
+        return
+    if not os.path.lexists(target) and _is_aside(aside):
+        os.rename(aside["path"], target)
+    del journal.content["aside"]
+    journal.commit()
+
+
+def _finish_earlier(target: str) -> None:
+    """Tidies a checkpoint whose run was killed at its very last step."""
+    try:
+        known = read_journal(target)
+    except ValueError:
+        return  # nothing says that it is ours
+    if known is None or known["content"].get("moved") != _inode(target):
+        return
+    with hold_lock(target):
+        _tidy(target, known["content"])
+
+
+def _tidy(target: str, content: dict[str, Any]) -> None:
     """Removes what a run leaves beside a finished checkpoint."""
+    aside = content.get("aside")
+    if aside is not None and _is_aside(aside):
+        shutil.rmtree(aside["path"], ignore_errors=True)
     for name in (LOCK, JOURNAL):
         if os.path.exists(os.path.join(target, name)):
             os.remove(os.path.join(target, name))
-    shutil.rmtree(_old(target), ignore_errors=True)
 
 
-def _old(target: str) -> str:
+def _free_name(target: str) -> str:
     parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.old")
+    path, number = os.path.join(parent, f".{name}.old"), 1
+    while os.path.lexists(path):
+        number += 1
+        path = os.path.join(parent, f".{name}.old-{number}")
+    return path
+
+
+def _is_aside(aside: dict[str, Any]) -> bool:
+    path = aside["path"]
+    return os.path.isdir(path) and not os.path.islink(path) and _inode(path) == aside["inode"]
+
+
+def _inode(folder: str) -> list[int]:
+    status = os.stat(folder)
+    return [status.st_dev, status.st_ino]
+
+
+def _is_model(folder: str) -> bool:
+    """Whether config.json is that of a model: many programs have a file of that name."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and not config.keys().isdisjoint({"model_type", "architectures"})

@@ -25,17 +25,17 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ..codes import code_bits, num_groups
-from . import reference, triton_kernels, triton_tuning
+from . import reference, table, triton_kernels, triton_tuning
 from .triton_kernels import INTERPRETED, triton
 from .triton_tuning import OLDEST, Device
 
-__all__ = ["available", "codebook_grad", "decode", "linear"]
+__all__ = ["available", "codebook_grad", "decode", "effective", "effective_backward", "linear"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # offsets into the table are 32-bit
@@ -66,6 +66,11 @@ def decode(
     in_features = codes.shape[0]
     if not _serves(codes, codebook, (scale_in, scale_out, residual), dtype):
         return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
+    if residual is None and not INTERPRETED:
+        with torch.cuda.device_of(codes):
+            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
+            if (weight := table.decode(*parts, out_features, dtype)) is not None:
+                return weight
     layout = _Layout(codes, codebook, out_features)
     plain = scale_in is None and scale_out is None and residual is None
     tile = triton_tuning.decode_tile(layout.padded)
@@ -73,7 +78,7 @@ def decode(
     with torch.cuda.device_of(codes):  # Triton launches on the current device
         weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
         triton_kernels.decode[grid](
-            codes.contiguous(), _table(codebook, dtype if plain else None), _contiguous(scale_in),
+            codes.contiguous(), _padded_table(codebook, dtype if plain else None), _contiguous(scale_in),
             _contiguous(scale_out), residual, weight, in_features, out_features, layout.groups, codes.shape[1],
             layout.clusters, *_strides(residual), layout.group_size, layout.padded, layout.bits, layout.span,
             layout.blocks, tile.channels, tile.groups, num_warps=tile.warps,
@@ -93,13 +98,34 @@ def linear(
 ) -> torch.Tensor:
     """`x Wᵀ + bias` in the dtype of x."""
     tokens = math.prod(x.shape[:-1])
-    fused = 0 < tokens <= triton_tuning.FUSED_TOKENS and residual is None
-    if fused and _serves(codes, codebook, (scale_in, scale_out, bias), x.dtype):
+    few = 0 < tokens <= table.MAX_TOKENS and residual is None
+    if few and _serves(codes, codebook, (scale_in, scale_out, bias), x.dtype):
         flat = x.reshape(tokens, x.shape[-1])
-        y = _fused_linear(flat, codes, codebook, scale_in, scale_out, bias, out_features)
-        return y.view(*x.shape[:-1], out_features)
+        y = _few_tokens(flat, codes, codebook, scale_in, scale_out, bias, out_features)
+        if y is not None:
+            return y.view(*x.shape[:-1], out_features)
     weight = decode(codes, codebook, scale_in, scale_out, residual, out_features, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _few_tokens(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor | None:
+    """y [tokens, out] for x [tokens, in]; None where decoding the weight is less work."""
+    if not INTERPRETED:
+        with torch.cuda.device_of(x):
+            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
+            if (y := table.linear(x.contiguous(), *parts, _contiguous(bias), out_features)) is not None:
+                return y
+    if x.shape[0] > triton_tuning.FUSED_TOKENS:
+        return None
+    return _fused_linear(x, codes, codebook, scale_in, scale_out, bias, out_features)
 
 
 def _fused_linear(
@@ -124,7 +150,7 @@ def _fused_linear(
         y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
         partial = y if splits == 1 else torch.empty(splits, tokens, out_features, device=x.device)
         triton_kernels.fused_linear[_cdiv(layout.groups, tile.groups), splits](
-            x.contiguous(), codes.contiguous(), _table(codebook, width), _contiguous(scale_in),
+            x.contiguous(), codes.contiguous(), _padded_table(codebook, width), _contiguous(scale_in),
             _contiguous(scale_out), bias if splits == 1 else None, partial, tokens, in_features, out_features,
             layout.groups, codes.shape[1], layout.clusters, tile.share, layout.group_size, layout.padded, layout.bits,
             layout.span, layout.blocks, tile.channels, tile.groups, tile.tokens, num_warps=tile.warps,
@@ -155,6 +181,12 @@ def codebook_grad(
             return reference.codebook_grad(x, grad_output, codes, codebook, scale_in, scale_out, residual)
     if x.dtype != grad_output.dtype:
         x, grad_output = x.float(), grad_output.float()
+    if residual is None and not INTERPRETED:
+        with torch.cuda.device_of(x):
+            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
+            grads = table.codebook_grad(x.contiguous(), grad_output.contiguous(), *parts)
+        if grads is not None:
+            return grads
     (tokens, in_features), out_features, device = x.shape, grad_output.shape[1], x.device
     layout = _Layout(codes, codebook, out_features)
     tile = triton_tuning.grad_tile(tokens, in_features, out_features, x.element_size(), _device(device))
@@ -177,6 +209,29 @@ def codebook_grad(
         grad_in = sums_in.sum(0) if scale_in is not None else sums_in.view(0)
         grad_out = sums_out.sum(0) if scale_out is not None else sums_out.view(0)
     return grad_codebook, grad_in, grad_out
+
+
+def effective(codebook: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
+    """As `table.effective`, where its kernels run."""
+    if INTERPRETED or not available(codebook.device):
+        return None
+    with torch.cuda.device_of(codebook):
+        return table.effective(codebook, *others)  # type: ignore[arg-type]
+
+
+def effective_backward(
+    grads: Sequence[torch.Tensor],
+    codebook_dtype: torch.dtype,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    units: torch.Tensor,
+    trained: tuple[bool, bool],
+) -> bool:
+    """As `table.effective_backward`, where its kernels run."""
+    if INTERPRETED or not available(units.device):
+        return False
+    with torch.cuda.device_of(units):
+        return table.effective_backward(grads, codebook_dtype, scale_in, scale_out, units, trained)
 
 
 # Three tensor-core products of TF32 halves for a product of fp32 numbers: 21 bits of each instead of 24, and several
@@ -215,7 +270,7 @@ def _padded(group_size: int) -> int:
     return 1 << (group_size - 1).bit_length()
 
 
-def _table(codebook: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _padded_table(codebook: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Codebooks end to end, rows padded to a power of two by values that nothing uses: [m n, P]."""
     group_size = codebook.shape[2]
     dtype, padded = dtype or codebook.dtype, _padded(group_size)

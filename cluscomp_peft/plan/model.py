@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ..codes import ClusterSpec
 from ..compress.blocks import find_blocks
 from ..hf.checkpoint import check_folder
+from ..hf.choice import choose_specs
 from ..hf.config import ClusCompQuantizationConfig
-from ..hf.quantizer import choose_specs
 from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..tuner.clustered_layer import ClusCompLinear

@@ -1,7 +1,7 @@
 """The tuner layer on codes: `y = base_layer(x, deltas of the active adapters)`, and merging writes the same sum.
 
 The merged layer of codes gives the same bits. A model that was dense becomes dense again when it is unloaded, and then
-only with more than 16 tokens in a call: see `ClusteredLinear.to_dense`.
+only with more than a few tokens in a call: see `ClusteredLinear.to_dense`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from ..codes import ClusterSpec, value_fingerprint
-from ..linear import ClusteredLinear
+from ..linear import ClusteredLinear, apply_deltas
 from ..offloading import execution_device
 from ..placement import is_whole
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, refuse_non_finite, root_mean_square
+from .layer import ClusCompLayer, root_mean_square
 
 __all__ = ["BASE_TENSORS", "ClusCompLinear"]
 
-BASE_TENSORS = ("codes", "codebook", "scale_in", "scale_out")
+VALUES = ("codebook", "scale_in", "scale_out")
+BASE_TENSORS = ("codes", *VALUES)
 
 
 class ClusCompLinear(ClusCompLayer, nn.Module):
@@ -52,7 +53,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         self._add(adapter_name, config, spec or self.base_spec())
 
     def base_spec(self) -> ClusterSpec:
-        codebook, scale_in, scale_out = (self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out"))
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in VALUES)
         assert codebook is not None
         return ClusterSpec.of(codebook, scale_in, scale_out)
 
@@ -60,7 +61,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         return self.base_layer.fingerprint()
 
     def codebook_fingerprint(self) -> str | None:
-        parts = [self.base_tensor(name) for name in ("codebook", "scale_in", "scale_out")]
+        parts = [self.base_tensor(name) for name in VALUES]
         if all(part is None or is_whole(part) for part in parts):
             self._codebook_digest = value_fingerprint(parts)
         return self._codebook_digest
@@ -82,13 +83,12 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             spec = ClusterSpec.of(*self.base_layer.effective(self.deltas(self.active_adapters)))
         return spec.num_bytes(self.in_features, self.out_features, self.base_layer.codebook.element_size())
 
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        deltas = self.deltas(adapter_names)
-        if safe_merge:
-            with torch.no_grad():
-                refuse_non_finite(self.base_layer.effective(deltas), adapter_names)
-        self._keep(("codebook", "scale_in", "scale_out"))
-        self.base_layer.merge(deltas)
+    def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
+        codebook, scale_in, scale_out = (self.base_tensor(name) for name in VALUES)
+        assert codebook is not None
+        values = apply_deltas(codebook, scale_in, scale_out, self.deltas(adapter_names), self.in_features)
+        pairs = zip(VALUES, values, strict=True)
+        return {name: None if value is None else value.to(codebook.dtype) for name, value in pairs}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with the active adapters for x [..., in]: [..., out]."""
@@ -96,7 +96,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
-        return self.base_layer(x, self.deltas(self.active_adapters))
+        return self.base_layer(x, self.running_deltas(self.active_adapters))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..codes import ClusterSpec
 from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+from .units import count_blocks, default_delta_scale
 
 __all__ = ["ClusCompConfig"]
 
@@ -44,9 +47,10 @@ class ClusCompConfig(PeftConfig):
             base on merging.
         train_scales (`bool`, *optional*): Train a scale per input and output channel too, 16 bits each after merging.
             None: always, but with `num_blocks` only where the base stores them already.
-        delta_scale (`float`): Units of the trained numbers: one unit moves a centroid by about this many RMS of its
-            codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS. The default
-            makes the rates that people use for LoRA right.
+        delta_scale (`float`, *optional*): Units of the trained numbers: one unit moves a centroid by about this many
+            RMS of its codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS.
+            None: fewer, the more blocks are trained, which makes the rates that people use for LoRA right
+            (`tuner/units.py`). It was 256 for all models in versions before.
         init_weights (`bool`): False starts from random deltas instead of zero ones; for tests.
         bits (`float`, *optional*): Dense model: true bits per weight that no matrix exceeds; default 4.
         group_size (`int`, *optional*): Dense model: weights per code; with `num_clusters`, instead of `bits`.
@@ -86,8 +90,8 @@ class ClusCompConfig(PeftConfig):
         default=None, metadata={"help": "Delta codebooks of every matrix, instead of rank; 1 adds no bits."}
     )
     train_scales: bool | None = field(default=None, metadata={"help": "Train per-channel scales too."})
-    delta_scale: float = field(
-        default=256.0, metadata={"help": "RMS of the codebook that one trained unit stands for."}
+    delta_scale: float | None = field(
+        default=None, metadata={"help": "RMS of the codebook that one trained unit stands for; by default what fits."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False starts from random deltas; for tests."})
     bits: float | None = field(default=None, metadata={"help": "Dense model: true bits per weight."})
@@ -134,8 +138,9 @@ class ClusCompConfig(PeftConfig):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (value is None and name == "num_blocks"):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if not isinstance(self.delta_scale, (int, float)) or not 0 < self.delta_scale < math.inf:
-            raise ValueError(f"delta_scale must be a finite number greater than 0, got {self.delta_scale!r}.")
+        scale = 1.0 if self.delta_scale is None else self.delta_scale
+        if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"delta_scale must be a finite number greater than 0, or None, got {scale!r}.")
         dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
         if dtype not in CODEBOOK_DTYPES:
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
@@ -144,15 +149,35 @@ class ClusCompConfig(PeftConfig):
         # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
         # Layers are then built empty, without K-means.
         self._expects_weights = self.fingerprint is not None
-        self._source: str | None = None
+        # Where it was read from: folder or repository, subfolder, and how to download from there.
+        self._source: tuple[str, str, dict[str, Any]] | None = None
+        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
+        self._caps_blocks = self._expects_weights
+        self._trained_blocks = 1
         self._facts: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Reads `adapter_config.json`; a local folder is remembered, so that its tensors are checked before use."""
+        """Reads `adapter_config.json` and remembers from where, so that its tensors are checked before use."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config._source = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        settings = {key: value for key, value in kwargs.items() if key in ("revision", "cache_dir", "token")}
+        config._source = (os.fspath(pretrained_model_name_or_path), subfolder or "", settings)
         return config
+
+    def find_weights(self, names: Sequence[str]) -> str | None:
+        """The path of the first of these files beside the config; None if it came from nowhere or there is none."""
+        if self._source is None:
+            return None
+        place, subfolder, settings = self._source
+        for name in names:
+            if os.path.isfile(os.path.join(place, subfolder, name)):
+                return os.path.join(place, subfolder, name)
+        for name in () if os.path.isdir(place) else names:
+            try:
+                return hf_hub_download(place, name, subfolder=subfolder or None, **settings)
+            except (OSError, ValueError):  # PEFT is about to ask for it too, and says what is wrong
+                continue
+        return None
 
     @property
     def clusters(self) -> bool:
@@ -164,6 +189,15 @@ class ClusCompConfig(PeftConfig):
         """The budget of true bits: as given, or 4 where nothing is said."""
         return 4.0 if self.bits is None and self.group_size is None and self.num_clusters is None else self.bits
 
+    def note_layers(self, names: Iterable[str]) -> None:
+        """Takes down how many blocks the layers of these names are, all that the adapter trains; see `units.py`."""
+        self._trained_blocks = count_blocks(names)
+
+    @property
+    def unit_scale(self) -> float:
+        """RMS of the codebook for one unit: `delta_scale`, or what fits the model."""
+        return default_delta_scale(self._trained_blocks) if self.delta_scale is None else self.delta_scale
+
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
         """How many delta codebooks a matrix [out, in] stored as `spec` gets.
 
@@ -171,7 +205,7 @@ class ClusCompConfig(PeftConfig):
         multiple of theirs.
         """
         if self.num_blocks is not None:
-            return self.num_blocks
+            return min(self.num_blocks, in_features) if self._caps_blocks else self.num_blocks
         # Scales, one for each channel, are as many numbers as one rank.
         rank = self.rank - (self.train_scales is not False)
         most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))

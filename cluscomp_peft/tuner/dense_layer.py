@@ -17,11 +17,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from ..codes import ClusterSpec, fingerprint
-from ..linear import sum_deltas, weight_of, weight_shape
-from ..placement import gathered, is_whole
+from ..codes import ClusterSpec
+from ..linear import CodesDigest, sum_deltas, weight_of, weight_shape
+from ..placement import gathered
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, refuse_non_finite, root_mean_square
+from .layer import ClusCompLayer, root_mean_square
 
 __all__ = ["ClusCompDenseLinear"]
 
@@ -48,7 +48,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         if codes is None:  # to be loaded
             codes = torch.zeros(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self._fingerprint: tuple[tuple[int, int], str] | None = None
+        self._digest = CodesDigest()
         # A dense weight takes scales for nothing, so they train unless the config says no.
         self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
         self._active_adapter = adapter_name
@@ -62,10 +62,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         return self._spec
 
     def fingerprint(self) -> str | None:
-        key = (self.codes.data_ptr(), self.codes._version)
-        if is_whole(self.codes) and (self._fingerprint is None or self._fingerprint[0] != key):
-            self._fingerprint = (key, fingerprint(self.codes, self.out_features, self._spec))
-        return None if self._fingerprint is None else self._fingerprint[1]
+        return self._digest.of(self.codes, self.out_features, self._spec)
 
     def base_rms(self) -> float:
         weight = self.base_tensor("weight")
@@ -82,28 +79,23 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
 
     def _total(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """ΔC and the scales 1 + Σδ of the given adapters."""
-        delta = sum_deltas(self.deltas(adapter_names))
+        delta = sum_deltas(self.deltas(adapter_names), in_features=self.in_features)
         scales = [None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out)]
         return delta.codebook, scales[0], scales[1]
 
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        weight = self.base_layer.weight
-        codebook, scale_in, scale_out = self._total(adapter_names)
-        with torch.no_grad():
-            merged = ops.decode(
-                self.codes,
-                codebook,
-                scale_in,
-                scale_out,
-                weight_of(self.base_layer),
-                out_features=self.out_features,
-                dtype=weight.dtype,
-            )
-        if safe_merge:
-            refuse_non_finite((merged,), adapter_names)
-        self._keep(("weight",))
-        merged = merged.t().contiguous() if isinstance(self.base_layer, Conv1D) else merged
-        self.base_layer._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
+    def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
+        weight = self.base_tensor("weight")
+        assert weight is not None
+        is_conv1d = isinstance(self.base_layer, Conv1D)
+        merged = ops.decode(
+            self.codes,
+            *self._total(adapter_names),
+            weight.t() if is_conv1d else weight,
+            out_features=self.out_features,
+            dtype=weight.dtype,
+        )
+        merged = merged.t().contiguous() if is_conv1d else merged
+        return {"weight": nn.Parameter(merged, requires_grad=self.base_layer.weight.requires_grad)}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with the active adapters for x [..., in]: [..., out]."""
@@ -128,6 +120,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         """What PEFT leaves in place of this layer: the dense layer."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.forget_unmerged()  # or the model's weights would be in memory twice
         return self.base_layer
 
     def __repr__(self) -> str:

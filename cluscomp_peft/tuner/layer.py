@@ -10,31 +10,34 @@ What an adapter of a layer trains is a small module under its name, `cluscomp_de
 m codebooks of n centroids lie end to end, so that FSDP2, which deals out rows, gives every process as many.
 
 The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
-them is exact. They belong to the process, not to the adapter: files hold absolute deltas, which mean the same on
-whatever base they meet later. An adapter whose weights are still to come has units of 1, so that file and layer agree
-whoever sets the tensors; PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
+them is exact. They are numbers of the model like the deltas, `cluscomp_units.NAME.values` [2], which mean nothing
+without them: whoever copies a state dict copies both. Files hold absolute deltas and units of 1. So has an adapter
+whose weights are still to come, so that file and layer agree whoever sets the tensors (older files have no units);
+PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..codes import ClusterSpec, num_groups
 from ..lazy_weight import LazyWeight
-from ..linear import Delta
-from ..offloading import offload_hook, store, stored
-from ..placement import is_sharded, is_whole
+from ..linear import Delta, in_absolute_units, refine
+from ..offloading import offload_hook, stored
+from ..ops import Numbers
+from ..placement import is_whole
 from .config import ClusCompConfig
+from .merging import MergingLayer
 
-__all__ = ["ClusCompLayer", "digest_bytes", "refuse_non_finite", "root_mean_square"]
+__all__ = ["ClusCompLayer", "digest_bytes", "root_mean_square"]
 
 # One unit of a scale's delta is this share of the unit of a centroid's, both relative to their size.
 _SCALE_SHARE = 0.25
@@ -55,20 +58,40 @@ class DeltaWeights(nn.Module):
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
-    def forward(self, unit: float, scale_unit: float) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, units: torch.Tensor) -> Delta:
         """Codebook [m, n, g] and scales in absolute units, fp32.
 
         A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
         """
-        scales = [None if part is None else part.float() * scale_unit for part in (self.scale_in, self.scale_out)]
-        return self.codebook.float().view(self._shape) * unit, *scales
+        return in_absolute_units(self.numbers(units), self._shape[1])
+
+    def numbers(self, units: torch.Tensor) -> Numbers:
+        """The numbers as they are, which only what no hook brings and takes away may be asked for."""
+        return Numbers(self.codebook, self.scale_in, self.scale_out, units)
 
 
-class ClusCompLayer(BaseTunerLayer):
+class DeltaUnits(nn.Module):
+    """What one unit of an adapter's numbers in one layer stands for: `values` [2], of its codebook and of its scales.
+
+    Frozen, fp32, powers of two, which any floating dtype holds. A module of its own beside [`DeltaWeights`], whose
+    parameters PEFT trains; called, as that is, because offloading and ZeRO-3 fetch parameters by hooks.
+    """
+
+    weighs_nothing = True  # it stands for no weights: `count_parameters` passes over it
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.values = _frozen(torch.ones(2, dtype=torch.float32, device=device))
+
+    def forward(self) -> torch.Tensor:
+        return self.values
+
+
+class ClusCompLayer(MergingLayer):
     """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
 
     adapter_layer_names = ("cluscomp_delta",)
-    other_param_names = ("code_digest",)
+    other_param_names = ("cluscomp_code_digest", "cluscomp_units")
 
     base_layer: nn.Module
     # Whether the model was dense before, so that the adapter file has to carry the codes.
@@ -82,18 +105,18 @@ class ClusCompLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.cluscomp_delta = nn.ModuleDict({})
+        self.cluscomp_units = nn.ModuleDict({})
         self._delta_scales: dict[str, float] = {}
-        self._units: dict[str, tuple[float, float]] = {}
+        # As last read where they were whole, for when ZeRO-3 has partitioned them.
+        self._units_seen: dict[str, tuple[float, float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # What merging replaced, kept so that unmerging restores it bit for bit.
-        self._unmerged: dict[str, torch.Tensor | None] | None = None
         # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
         self._pending: set[str] = set()
         self._absolute: set[str] = set()
         # Parameters and no buffers: accelerate shards whatever is in a state dict. Without PEFT's prefix, because they
         # are not trained.
-        self.code_digest = nn.ParameterDict({})
+        self.cluscomp_code_digest = nn.ParameterDict({})
         self._home = device
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -141,21 +164,24 @@ class ClusCompLayer(BaseTunerLayer):
         blocks = config.blocks_of(spec, self.in_features, self.out_features)
         spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
-        self._delta_scales[adapter_name] = config.delta_scale
-        rms = self.set_units(adapter_name)
+        self._delta_scales[adapter_name] = config.unit_scale
+        self.cluscomp_units[adapter_name] = DeltaUnits(self._home)
+        self._units_seen[adapter_name] = (1.0, 1.0)
         if config.expects_weights:
             for parameter in delta.parameters():
                 parameter.data.fill_(math.nan)
-            self._units[adapter_name] = (1.0, 1.0)
             self._pending.add(adapter_name)
             self._absolute.add(adapter_name)
-        elif not config.init_weights:
-            for key, parameter in delta.named_parameters():
+        else:
+            rms = self.base_rms()
+            units = self.training_units(adapter_name, rms)
+            self._set_units(adapter_name, units)
+            for key, parameter in delta.named_parameters() if not config.init_weights else ():
                 size = rms if key == "codebook" else 1.0
-                nn.init.normal_(parameter, std=_RANDOM_STD * size / self.unit_of(adapter_name, key))
+                nn.init.normal_(parameter, std=_RANDOM_STD * size / units[key != "codebook"])
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
-        self.code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
+        self.cluscomp_code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
         if not config.expects_weights:
             self.sign(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -166,18 +192,34 @@ class ClusCompLayer(BaseTunerLayer):
         self._pending.discard(adapter_name)
         self._absolute.discard(adapter_name)
         self._delta_scales.pop(adapter_name, None)
-        self._units.pop(adapter_name, None)
+        self._units_seen.pop(adapter_name, None)
 
-    def unit_of(self, adapter_name: str, key: str) -> float:
-        """What one unit of an adapter's tensor ("codebook", "scale_in", "scale_out") stands for."""
-        return self._units[adapter_name][0 if key == "codebook" else 1]
+    def units_of(self, adapter_name: str, values: torch.Tensor | None = None) -> tuple[float, float]:
+        """What one unit of an adapter's codebook stands for, and of its scales; under FSDP2 all processes call this.
 
-    def set_units(self, adapter_name: str, values: torch.Tensor | None = None) -> float:
-        """Fixes an adapter's units by the RMS of `values`, by default of what the base holds; returns that RMS."""
-        rms = self.base_rms() if values is None else root_mean_square(values)
+        Args:
+            adapter_name (`str`): Of an adapter of this layer.
+            values (`torch.Tensor`, *optional*): [2], the units where they have been read or gathered already.
+        """
+        values = stored(self.cluscomp_units[adapter_name], "values") if values is None else values
+        assert values is not None
+        if isinstance(values, DTensor):
+            values = values.full_tensor()
+        if is_whole(values) and values.numel() == 2:
+            unit, scale_unit = values.tolist()
+            self._units_seen[adapter_name] = (unit, scale_unit)
+        return self._units_seen[adapter_name]
+
+    def training_units(self, adapter_name: str, rms: float) -> tuple[float, float]:
+        """The units that suit an optimiser where what they are relative to has this root mean square."""
         scale = self._delta_scales[adapter_name]
-        self._units[adapter_name] = (_power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale))
-        return rms
+        return _power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale)
+
+    def _set_units(self, adapter_name: str, units: tuple[float, float]) -> None:
+        values = self.cluscomp_units[adapter_name].values
+        with torch.no_grad():
+            values.copy_(torch.tensor(units))
+        self._units_seen[adapter_name] = units
 
     def deltas(self, adapter_names: list[str]) -> list[Delta]:
         """The deltas of those of the adapters that this layer has, in absolute units, differentiable."""
@@ -185,18 +227,29 @@ class ClusCompLayer(BaseTunerLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            found.append(Delta(*self.cluscomp_delta[name](*self._units[name])))
+            found.append(self.cluscomp_delta[name](self.cluscomp_units[name]()))
         return found
+
+    def running_deltas(self, adapter_names: list[str]) -> Sequence[Delta | Numbers]:
+        """[`deltas`] for a forward pass: a single adapter's are left in units where its numbers stay in place."""
+        names = [name for name in adapter_names if name in self.cluscomp_delta]
+        if len(names) == 1:
+            delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
+            if not any(part._forward_pre_hooks or part._forward_hooks for part in (delta, units)):
+                return [delta.numbers(units.values)]
+        return self.deltas(names)
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
         """Overwrites an adapter's numbers with `total`, given in absolute units."""
-        delta = self.cluscomp_delta[adapter_name]
+        delta, units = self.cluscomp_delta[adapter_name], self.units_of(adapter_name)
         with torch.no_grad():
             for key, value in total._asdict().items():
                 parameter = getattr(delta, key)
                 if parameter is not None:
-                    value = torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape)
-                    parameter.copy_(value / self.unit_of(adapter_name, key))
+                    value = torch.zeros_like(parameter) if value is None else value
+                    if key == "codebook":
+                        value = refine(value, parameter.shape[0] // value.shape[1])
+                    parameter.copy_(value.reshape(parameter.shape) / units[key != "codebook"])
 
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
@@ -208,8 +261,9 @@ class ClusCompLayer(BaseTunerLayer):
         device = device or self._base_device()
         if device.type == "meta":
             return
-        if adapter_name in self.cluscomp_delta and not _has_meta(self.cluscomp_delta[adapter_name]):
-            self.cluscomp_delta[adapter_name].to(device)
+        for modules in (self.cluscomp_delta, self.cluscomp_units):
+            if adapter_name in modules and not _has_meta(modules[adapter_name]):
+                modules[adapter_name].to(device)
         if self._pending and not _has_meta(self.base_layer):
             self.base_layer.to(device)
 
@@ -226,11 +280,18 @@ class ClusCompLayer(BaseTunerLayer):
             raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
         for name in waiting:
             self._refuse_unloaded(name)
-            self.check_fingerprint(name, self.code_digest[name])
+            self.check_fingerprint(name, self.cluscomp_code_digest[name])
             for key, tensor in self.carried().items():
                 if key.endswith("codes") and is_whole(tensor):
                     self.refuse_stray_codes(tensor)
+            self._freeze(name)
             self._pending.discard(name)
+
+    def _freeze(self, adapter_name: str) -> None:
+        """transformers' loader makes whatever it sets trainable: codebooks of a dense-born base, and units."""
+        for key in self.carried():
+            self.get_parameter(key).requires_grad_(False)
+        self.cluscomp_units[adapter_name].requires_grad_(False)
 
     def awaits(self, adapter_name: str) -> bool:
         """Whether the adapter's weights are still to be loaded."""
@@ -245,7 +306,7 @@ class ClusCompLayer(BaseTunerLayer):
         """Notes the digest of this layer's codes as those that the adapter belongs to."""
         found = self.fingerprint()
         if found is not None:
-            self.code_digest[adapter_name] = _frozen(digest_bytes(found))
+            self.cluscomp_code_digest[adapter_name] = _frozen(digest_bytes(found))
         self.codebook_fingerprint()  # remembered, for when the codebook is spread over processes
 
     def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:
@@ -291,12 +352,25 @@ class ClusCompLayer(BaseTunerLayer):
             for name in list(self._absolute):
                 if any(parameter.requires_grad for parameter in self.cluscomp_delta[name].parameters()):
                     self.settle([name])
-                    self.set_units(name)
-                    with torch.no_grad():
-                        for key, parameter in self.cluscomp_delta[name].named_parameters():
-                            parameter.div_(self.unit_of(name, key))
+                    present, units = self.units_of(name), self.training_units(name, self.base_rms())
+                    if present == (1.0, 1.0):  # or units came with the weights
+                        with torch.no_grad():
+                            for key, parameter in self.cluscomp_delta[name].named_parameters():
+                                parameter.div_(units[key != "codebook"])
+                        self._set_units(name, units)
                     self._absolute.discard(name)
         return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.cluscomp_delta:
+            deltas, units = f"{prefix}cluscomp_delta.{name}.codebook", f"{prefix}cluscomp_units.{name}.values"
+            if deltas in state_dict and units not in state_dict:
+                args[-1].append(  # torch raises what it finds in the last argument
+                    f"{deltas} comes without {units}, which says what its numbers mean: the state dict was made by an "
+                    "older cluscomp_peft, or is not complete. Load an adapter's own file with "
+                    "PeftModel.from_pretrained or model.load_adapter."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_unloaded(self, adapter_name: str) -> None:
         values = [*self.cluscomp_delta[adapter_name].parameters()]
@@ -308,65 +382,6 @@ class ClusCompLayer(BaseTunerLayer):
                 "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with "
                 "the same settings, use dataclasses.replace(config, fingerprint=None)."
             )
-
-    # -- merging
-
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Writes the adapters into the base."""
-        raise NotImplementedError
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters (by default the active ones) into the base layer.
-
-        Args:
-            safe_merge (`bool`): Check the result for NaN and infinities first and leave the base alone if there are.
-            adapter_names (`list[str]`, *optional*): Which adapters.
-
-        Raises:
-            RuntimeError: If the base is spread over processes.
-            ValueError: If `safe_merge` finds NaN or infinite values.
-        """
-        if any(is_sharded(value) for value in self.base_layer.parameters()):
-            raise RuntimeError(
-                "the model is spread over processes (FSDP2 or ZeRO-3) and cannot be merged there; save the adapter, "
-                "load it on the base in one process, and merge that."
-            )
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
-        if not names:
-            return
-        self.settle(names)
-        # From the unmerged base, so that merging one adapter after another rounds once, as running both does.
-        already = list(self.merged_adapters)
-        self.unmerge(warn=False)
-        try:
-            self._merge(already + names, safe_merge)
-        except ValueError:
-            if already:
-                self._merge(already, safe_merge=False)
-                self.merged_adapters = already
-            raise
-        self.merged_adapters = already + names
-
-    def _keep(self, parameters: tuple[str, ...]) -> None:
-        self._unmerged = {name: stored(self.base_layer, name) for name in parameters}
-
-    def unmerge(self, warn: bool = True) -> None:
-        """Restores the base layer as it was before merging, bit for bit."""
-        if not self.merged:
-            if warn:
-                warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged is not None
-        for name, value in self._unmerged.items():
-            store(self.base_layer, name, value)
-        self._unmerged = None
-        self.merged_adapters = []
-
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """A parameter of the base layer, as it is without merged adapters."""
-        if self._unmerged is not None and name in self._unmerged:
-            return self._unmerged[name]
-        return stored(self.base_layer, name)
 
     # -- forward
 
@@ -415,12 +430,3 @@ def _power_of_two(value: float) -> float:
 
 def _has_meta(module: nn.Module) -> bool:
     return any(parameter.device.type == "meta" for parameter in module.parameters())
-
-
-def refuse_non_finite(values: tuple[torch.Tensor | None, ...], adapter_names: list[str]) -> None:
-    """Raises a ValueError if what merging would store has NaN or infinite values."""
-    if not all(bool(torch.isfinite(value).all()) for value in values if value is not None):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken; nothing "
-            "was merged."
-        )

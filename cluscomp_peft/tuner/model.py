@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..codes import ClusterSpec
+from ..compress.coverage import coverage_line
 from ..compress.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, sum_deltas
@@ -30,6 +33,7 @@ from .clustering import Codes, cluster_layers, empty_layer
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
+from .merging import all_or_nothing, check_merging, take_back, tuner_layers
 from .planning import check_layers, codebook_dtype, spec_of
 from .saving import check_saved, describe_and_complete, settle_loaded
 
@@ -78,6 +82,9 @@ class ClusCompModel(BaseTuner):
             raise
         finally:
             self._made, self._replaced = {}, []
+        if not self.peft_config[adapter_name].expects_weights and os.environ.get("LOCAL_RANK", "0") == "0":
+            names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
+            print(coverage_line(model, names, done="adapted", rest="not adapted"), file=sys.stderr)
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
@@ -85,6 +92,7 @@ class ClusCompModel(BaseTuner):
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             peft_config.target_modules = self._default_targets(peft_config)
         layers = self._matched(peft_config)
+        peft_config.note_layers(layers)
         check_layers(self.model, peft_config, layers)
         if peft_config.expects_weights:
             check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
@@ -185,7 +193,8 @@ class ClusCompModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight.
-        self._replaced.append((parent, child_name, child))
+        if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be taken back
+            self._replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -209,6 +218,39 @@ class ClusCompModel(BaseTuner):
                     dtype = layer.dense_dtype
                 for parameter in layer.cluscomp_delta[adapter_name].parameters():
                     parameter.data = parameter.data.to(dtype or getattr(self.model, "dtype", torch.float32))
+
+    # -- merge
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; an error in any layer, or an interrupt, leaves all layers as they were."""
+        with all_or_nothing(self.model):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """As PEFT's; with `safe_merge` every layer is checked before the first is written. What interrupts it leaves
+        all layers as they were, but for a dense base, where keeping the weights would take their memory twice: those
+        that are merged already are plain layers then, and the next call does the others.
+        """
+        if merge and safe_merge:
+            check_merging(self.model, adapter_names)
+        merged = {layer: list(layer.merged_adapters) for layer in tuner_layers(self.model)}
+        self._replaced = []
+        try:
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        except BaseException:
+            for parent, name, layer in reversed(self._replaced):
+                setattr(parent, name, layer)
+            for layer in tuner_layers(self.model):
+                take_back(layer, merged[layer])
+            raise
+        finally:
+            self._replaced = []
 
     # -- several adapters
 
@@ -262,7 +304,7 @@ class ClusCompModel(BaseTuner):
         config.target_modules, config.init_weights = set(layers), True
         blocks, flags = [other.num_blocks for other in configs], [other.train_scales for other in configs]
         if None not in blocks:
-            config.num_blocks = math.lcm(*blocks)
+            config.num_blocks, config._caps_blocks = math.lcm(*blocks), True
             config.train_scales = True if True in flags else None if None in flags else False
         elif len({(other.rank, other.num_blocks, other.train_scales) for other in configs}) > 1:
             raise ValueError(
@@ -275,9 +317,9 @@ class ClusCompModel(BaseTuner):
             present = [(name, weight) for name, weight in zip(adapters, weights, strict=True)]
             present = [(name, weight) for name, weight in present if name in layer.cluscomp_delta]
             with torch.no_grad():
+                deltas = layer.deltas([name for name, _ in present])
                 layer.set_deltas(
-                    adapter_name,
-                    sum_deltas(layer.deltas([name for name, _ in present]), [weight for _, weight in present]),
+                    adapter_name, sum_deltas(deltas, [weight for _, weight in present], layer.in_features)
                 )
 
     # -- save and load
@@ -300,8 +342,14 @@ class ClusCompModel(BaseTuner):
         cls, model: nn.Module, config: ClusCompConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
+        state_dict = {_present_name(key): value for key, value in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         settle_loaded(model, adapter_name, mapped)
         # From here on the config is that of a living adapter: a further one made from it starts fresh.
         config.settle()
         return mapped
+
+
+def _present_name(key: str) -> str:
+    """The key of a file as it is called now; transformers' loader knows ours by the prefix, which digests had not."""
+    return key.removesuffix("code_digest") + "cluscomp_code_digest" if key.endswith(".code_digest") else key

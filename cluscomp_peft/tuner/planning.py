@@ -90,7 +90,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                 f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
             )
         in_features = weight_shape(module)[1] if is_dense_linear(module) else module.in_features
-        if config.num_blocks is not None and config.num_blocks > in_features:
+        if config.num_blocks is not None and config.num_blocks > in_features and not config._caps_blocks:
             raise ValueError(
                 f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
                 "needs at least one."

@@ -10,27 +10,24 @@ The config that PEFT writes beside the file says how the codes are stored (`layo
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
 from torch import nn
 
 from ..codes import ClusterSpec, combine_fingerprints
 from ..layout import summarize
 from ..linear import ClusteredLinear, is_dense_linear
 from ..offloading import stored
-from ..placement import is_whole
+from ..placement import is_whole, shape_of
 from .clustered_layer import BASE_TENSORS
 from .config import ClusCompConfig
-from .layer import ClusCompLayer, digest_bytes
+from .files import FILE_PREFIX, check_file
+from .layer import ClusCompLayer, digest_bytes, root_mean_square
 
 __all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
-
-_FILE_PREFIX = "base_model.model."
 
 
 def describe_and_complete(
@@ -57,21 +54,24 @@ def describe_and_complete(
     carries_codes = False
     for name, layer in _layers(model, adapter_name):
         carries_codes |= layer.dense_born
-        specs[name.removeprefix(_FILE_PREFIX)] = layer.base_spec()
+        specs[name.removeprefix(FILE_PREFIX)] = layer.base_spec()
         digest = layer.fingerprint()
         fingerprints.append(digest)
         codebooks.append(layer.codebook_fingerprint())
         if digest is not None:
             layer.settle([adapter_name])
-            tensors[f"{name}.code_digest.{adapter_name}"] = digest_bytes(digest)
+            tensors[f"{name}.cluscomp_code_digest.{adapter_name}"] = digest_bytes(digest)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
+        if prefix + "codebook" not in tensors:  # a process that does not write
+            continue
+        found = tensors.get(_units_key(name, adapter_name))
+        units = layer.units_of(adapter_name, None if found is None or found.is_meta else found)
+        tensors[_units_key(name, adapter_name)] = torch.ones(2)
         for key in [key for key in tensors if key.startswith(prefix)]:
             leaf = key.removeprefix(prefix)
             if tensors[key].is_meta:  # offloaded with the model
                 tensors[key] = stored(layer.cluscomp_delta[adapter_name], leaf)
-            tensors[key] = tensors[key] * layer.unit_of(adapter_name, leaf)
-        if prefix + "codebook" not in tensors:  # a process that does not write
-            continue
+            tensors[key] = tensors[key] * units[leaf != "codebook"]
         for key, tensor in layer.carried().items():
             path = f"{name}.{key}"
             found = tensor.detach() if is_whole(tensor) else state_dict.get(path, layer.kept(key))
@@ -83,7 +83,7 @@ def describe_and_complete(
             tensors[path] = found
     facts = {
         "carries_codes": carries_codes,
-        "layout": summarize(specs, [name.removeprefix(_FILE_PREFIX) for name, _ in model.named_modules()]),
+        "layout": summarize(specs, [name.removeprefix(FILE_PREFIX) for name, _ in model.named_modules()]),
         "fingerprint": combine_fingerprints(fingerprints),
         "codebook_fingerprint": combine_fingerprints(codebooks),
     }
@@ -98,29 +98,40 @@ def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.
     shares the codes that are there: its own must be equal, and are dropped.
 
     Raises:
-        ValueError: If they are not equal, the adapter was made for other codes than the model has, or codes name
-            centroids that there are not.
+        ValueError: If they are not equal, the adapter was made for other codes than the model has, codes name
+            centroids that there are not, or its tensors are not those that the adapter here has.
     """
     for name, layer in _layers(model, adapter_name):
-        digest = tensors.get(f"{name}.code_digest.{adapter_name}")
+        _check_tensors(f"{name}.cluscomp_delta.{adapter_name}.", layer.cluscomp_delta[adapter_name], tensors)
+    for name, layer in _layers(model, adapter_name):
+        digest = tensors.get(f"{name}.cluscomp_code_digest.{adapter_name}")
         if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
             layer.check_fingerprint(adapter_name, digest)
-        bare = name.removeprefix(_FILE_PREFIX)
+        bare = name.removeprefix(FILE_PREFIX)
         for key in ("base_layer.codes", "codes"):
-            for spelling in (bare, _FILE_PREFIX + bare):
+            for spelling in (bare, FILE_PREFIX + bare):
                 if f"{spelling}.{key}" in tensors:
                     layer.refuse_stray_codes(tensors[f"{spelling}.{key}"])
     for name, layer in _layers(model, adapter_name):
-        bare = name.removeprefix(_FILE_PREFIX)
-        spellings = (f"{bare}.base_layer.", f"{_FILE_PREFIX}{bare}.base_layer.")
+        bare = name.removeprefix(FILE_PREFIX)
+        spellings = (f"{bare}.base_layer.", f"{FILE_PREFIX}{bare}.base_layer.")
         if layer.awaits(adapter_name):
             # The base of a dense-born adapter comes with these tensors; its codebook is not in the layer yet.
             codebooks = [tensors[f"{spelling}codebook"] for spelling in spellings if f"{spelling}codebook" in tensors]
-            layer.set_units(adapter_name, codebooks[0] if codebooks else None)
+            rms = root_mean_square(codebooks[0]) if codebooks else layer.base_rms()
+            units = layer.training_units(adapter_name, rms)
+        else:
+            units = layer.units_of(adapter_name)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
-        for key in [key for key in tensors if key.startswith(prefix)]:
-            tensors[key] = tensors[key] / layer.unit_of(adapter_name, key.removeprefix(prefix))
+        keys = [key for key in tensors if key.startswith(prefix)]
+        if keys:
+            # A file says what its numbers mean; those of older versions are absolute.
+            given = tensors.get(_units_key(name, adapter_name), torch.ones(2)).tolist()
+            tensors[_units_key(name, adapter_name)] = torch.tensor(units)
             layer.loaded(adapter_name)
+        for key in keys:
+            is_scale = key.removeprefix(prefix) != "codebook"
+            tensors[key] = tensors[key] * (given[is_scale] / units[is_scale])
         if len(layer.cluscomp_delta) == 1:
             continue
         for key in BASE_TENSORS:
@@ -165,6 +176,11 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
                 f"this model {found}. Load the base that it was trained on ({config.base_model_name_or_path})."
             )
         codebooks = combine_fingerprints(layer.codebook_fingerprint() for layer in fixed)
+        if config.codebook_fingerprint not in (None, codebooks) and config.carries_codes:
+            raise ValueError(
+                "this adapter carries other codebooks than the adapters that are loaded already; load it on a copy of "
+                "the dense model of its own."
+            )
         if config.codebook_fingerprint not in (None, codebooks):
             warnings.warn(
                 "the model has the codes of the adapter's base but other codebooks: one of the two was merged with an "
@@ -177,10 +193,17 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
             f"the adapter's config says nothing about the layout of {absent[0]} and {len(absent) - 1} more layers; it "
             "was made for another model, or its adapter_config.json is damaged."
         )
-    if config._source is not None:
-        path = os.path.join(config._source, SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(path):
-            _check_file(path, config, list(layers))
+    known = dict(specs)
+    for name, layer in layers.items():
+        own = layer.base_spec() if isinstance(layer, ClusCompLayer) else getattr(layer, "spec", None)
+        spec = known.setdefault(name, own)
+        if own is not None and (own.group_size, own.num_clusters) != (spec.group_size, spec.num_clusters):
+            raise ValueError(
+                f"this adapter was made for {name} in groups of {spec.group_size} with {spec.num_clusters} clusters, "
+                f"but the model has groups of {own.group_size} with {own.num_clusters}; load the base that it was "
+                f"trained on ({config.base_model_name_or_path})."
+            )
+    check_file(config, layers, known)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ClusCompLayer]]:
@@ -189,20 +212,21 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ClusComp
             yield name, layer
 
 
-def _check_file(path: str, config: ClusCompConfig, names: list[str]) -> None:
-    """Reads the header of a saved adapter: it must be whole and have tensors for every layer."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); copy or download the adapter again.") from error
-    wanted = ["cluscomp_delta.codebook"]
-    if config.carries_codes:
-        wanted += ["base_layer.codes", "base_layer.codebook"] if config.base == "clustered" else ["codes"]
-    for name in names:
-        for key in wanted:
-            if not {f"{_FILE_PREFIX}{name}.{key}", f"{name}.{key}"} & keys:
-                raise ValueError(
-                    f"{path} has no {name}.{key}: it is incomplete or belongs to another model; copy or download the "
-                    "adapter again."
-                )
+def _units_key(name: str, adapter_name: str) -> str:
+    return f"{name}.cluscomp_units.{adapter_name}.values"
+
+
+def _check_tensors(prefix: str, delta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Holds the deltas of a file against those of a layer: torch would skip absent ones and copy those that fit."""
+    found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not found and dist.is_available() and dist.is_initialized():  # a process that gets its numbers from others
+        return
+    shapes = {key: tuple(shape_of(parameter)) for key, parameter in delta.named_parameters()}
+    for key in [*shapes, *found]:
+        given = tuple(found[key].shape) if key in found else None
+        if given != shapes.get(key):
+            raise ValueError(
+                f"{prefix}{key} is {'absent' if given is None else list(given)} in what is being loaded, but "
+                f"{'absent' if key not in shapes else list(shapes[key])} in the adapter: it belongs to another one, "
+                "made with other settings, or is damaged. Copy or download it again."
+            )

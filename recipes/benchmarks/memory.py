@@ -19,12 +19,8 @@ import sys
 import tempfile
 
 import torch
-from random_models import Shape, build, clustered_layer, prepare, random_tokens, train_step
+from random_models import Shape, build, prepare, random_tokens, save_checkpoint, small, train_step
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from cluscomp_peft.compress.targets import dense_linears
-from cluscomp_peft.hf.config import ClusCompQuantizationConfig
-from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 
 SHAPE = dict(
     vocab_size=32000,
@@ -72,20 +68,8 @@ def write_dense(folder: str, bits: float) -> None:
 
 def write_compressed(folder: str, bits: float) -> None:
     """A checkpoint in the shape of `bits` with random codes."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    for name, dense in list(dense_linears(model)):
-        model.set_submodule(name, clustered_layer(dense, bits, "cpu", name))
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type == "meta":
-                value = torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02
-                module._parameters[name] = torch.nn.Parameter(value)
-    quantizer = ClusCompHfQuantizer(ClusCompQuantizationConfig(bits=bits), pre_quantized=False)
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = quantizer.quantization_config
-    model.save_pretrained(os.path.join(folder, "compressed"))
+    method = f"cluscomp-{bits}"
+    save_checkpoint(build(_shape(), method, "cpu"), method, os.path.join(folder, "compressed"))
 
 
 def run_job(options: argparse.Namespace) -> dict[str, float]:
@@ -134,14 +118,7 @@ def _warm_up() -> None:
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, 16))
     model.to(torch.bfloat16)(input_ids=tokens, labels=tokens).loss.backward()
     # One block of the shape of the jobs, because kernels are compiled for how matrices are stored.
-    shape = Shape(
-        hidden=SHAPE["hidden_size"],
-        intermediate=SHAPE["intermediate_size"],
-        layers=1,
-        heads=SHAPE["num_attention_heads"],
-        kv_heads=SHAPE["num_key_value_heads"],
-        vocab=64,
-    )
+    shape = small(_shape())
     model = build(shape, "cluscomp-4", "cpu")
     for length in (16, 64):
         with torch.no_grad():
@@ -151,6 +128,17 @@ def _warm_up() -> None:
     del model, optimizer
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory of its own that the job could use again would make the job look smaller
+
+
+def _shape() -> Shape:
+    return Shape(
+        hidden=SHAPE["hidden_size"],
+        intermediate=SHAPE["intermediate_size"],
+        layers=SHAPE["num_hidden_layers"],
+        heads=SHAPE["num_attention_heads"],
+        kv_heads=SHAPE["num_key_value_heads"],
+        vocab=SHAPE["vocab_size"],
+    )
 
 
 def read_status(key: str) -> int:

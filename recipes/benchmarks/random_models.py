@@ -2,17 +2,20 @@
 
     method           linear layers of the blocks                                                     trains
     dense            bf16                                                                            everything
+    lora             bf16                                                                            LoRA r 16, all
     nf4              bitsandbytes `Linear4bit`: NF4, blocks of 64, scales in fp32, computes in bf16    LoRA r 16, all
     cluscomp-BITS    `ClusteredLinear` with random codes, stored as `choose_spec` would at BITS      codebooks, scales
 
-Embeddings, norms and the head are bf16 in all of them. No matrix is ever clustered and, but for `dense`, none is dense
-for longer than it takes to quantise it, so that a model of 70B parameters is made in seconds where only its codes fit.
-LoRA's matrices are bf16, to which TRL's trainers cast them on 4-bit models; deltas of codebooks are fp32.
+Embeddings, norms and the head are bf16 in all of them. No matrix is ever clustered and, but for `dense` and `lora`,
+none is dense for longer than it takes to quantise it, so that a model of 70B parameters is made in seconds where only
+its codes fit. LoRA's matrices are bf16, to which TRL's trainers cast them on 4-bit models; deltas of codebooks are
+fp32.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +24,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cluscomp_peft import ClusCompConfig, ClusteredLinear
+from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.codes import num_groups, pack
 from cluscomp_peft.compress.allocation import choose_spec
 from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.plan import Settings, plan
 
-NAMES = {"dense": "dense bf16", "nf4": "NF4 + LoRA r 16"}
+NAMES = {"dense": "dense bf16", "lora": "bf16 + LoRA r 16", "nf4": "NF4 + LoRA r 16"}
 _STD = 0.02
 _FRAMEWORK = ("Python", "CUDA", "fragmentation")  # what such parts of a plan are called
 
@@ -106,7 +110,7 @@ def bits_of(method: str) -> float | None:
             return float(bits)
     except ValueError:
         pass
-    raise ValueError(f"method must be dense, nf4 or cluscomp-BITS (as cluscomp-3), got {method!r}.")
+    raise ValueError(f"method must be dense, lora, nf4 or cluscomp-BITS (as cluscomp-3), got {method!r}.")
 
 
 def name_of(method: str) -> str:
@@ -122,7 +126,7 @@ def build(shape: Shape, method: str, device: str | torch.device, seed: int = 0) 
     config = shape.config()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    for name, layer in list(dense_linears(model)) if method != "dense" else []:
+    for name, layer in list(dense_linears(model)) if method not in ("dense", "lora") else []:
         if bits is None:
             layer = nf4_layer(random_weight(tuple(layer.weight.shape), device))
         else:
@@ -154,10 +158,10 @@ def prepare(
         from peft import LoraConfig, get_peft_model
 
         adapter = ClusCompConfig(task_type="CAUSAL_LM", rank=rank)
-        if method == "nf4":
+        if method in ("lora", "nf4"):
             adapter = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
         model = get_peft_model(model, adapter)
-        if method == "nf4":
+        if method in ("lora", "nf4"):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()
@@ -166,12 +170,22 @@ def prepare(
     return model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def train_step(model: Any, optimizer: Any, tokens: torch.Tensor) -> None:
-    """One step on tokens [batch, length]; without an optimizer, forward and backward alone."""
-    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+def train_step(model: Any, optimizer: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """One step on tokens [batch, length]; without an optimizer, forward and backward alone. Returns the loss."""
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def save_checkpoint(model: LlamaForCausalLM, method: str, folder: str | os.PathLike) -> None:
+    """Writes a clustered model as `cluscomp compress` would leave it, for `from_pretrained`."""
+    quantizer = ClusCompHfQuantizer(ClusCompQuantizationConfig(bits=bits_of(method)), pre_quantized=False)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.save_pretrained(folder)
 
 
 def forecast_training(

@@ -1,13 +1,42 @@
-"""Clocks, peaks of memory and ceilings that the benchmarks of a device share."""
+"""Clocks, peaks of memory, ceilings and versions that the benchmarks of a device share."""
 
 from __future__ import annotations
 
 import gc
+import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 import torch
+from transformers.utils import logging
+
+T = TypeVar("T")
+
+
+def environment(device: str | torch.device) -> dict[str, str]:
+    """Versions of what decides how fast and how right things are, and the device's name."""
+    found = {"device": device_name(device), "python": platform.python_version(), "CUDA": str(torch.version.cuda)}
+    for name in ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "numba", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    return torch.cuda.get_device_name(device) if is_cuda(device) else "cpu"
+
+
+def quiet() -> None:
+    """Nothing but what the benchmark itself says: where a log is cut, bars and advice would take the room."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def is_cuda(device: str | torch.device) -> bool:
@@ -53,19 +82,27 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
+def capture(job: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of the job, and the tensors that replaying it writes."""
+    # What is compiled, and memory that libraries take at first, must not fall into the capture.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        job()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = job()
+    return graph, result
+
+
 def graphed(job: Callable[[], object], device: str | torch.device, repeat: int) -> float | None:
     """As [`seconds`], from a CUDA graph, so that launching costs nothing; None where the job cannot be captured."""
     if not is_cuda(device):
         return None
     try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            job()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            job()
-        return seconds(graph.replay, device, repeat)
+        return seconds(capture(job)[0].replay, device, repeat)
     except RuntimeError:
         torch.cuda.synchronize()
         return None
@@ -100,4 +137,4 @@ def measure_limits(device: str | torch.device, repeat: int) -> dict:
     source = torch.zeros(count, device=device)
     target = torch.empty_like(source)
     rates["bytes"] = 8 * count / seconds(lambda: target.copy_(source), device, repeat)
-    return {"device": torch.cuda.get_device_name(device) if is_cuda(device) else "cpu", **rates}
+    return {"device": device_name(device), **rates}

@@ -1,0 +1,94 @@
+"""How every matrix of a run is stored: as the settings say, or as the budget of bits or bytes is spent best."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+import torch
+
+from ..codes import ClusterSpec
+from ..compress.allocation import Demand, allocate
+from ..compress.blocks import BlockModel
+from ..compress.journal import JOURNAL, LOCK, Journal
+from ..compress.pipeline import Calibration
+from ..compress.sensitivity import measure_sensitivity
+from ..compress.source import DenseCheckpoint
+from ..linear import weight_of
+from .choice import choose_specs
+from .config import ClusCompQuantizationConfig
+from .report_page import render_report
+
+__all__ = ["specs_of_run"]
+
+_SENSITIVITY_TOKENS = 16384
+_MARGIN = 4096  # bytes of a size budget that stay free for what is written last
+
+
+def specs_of_run(
+    model: Any,
+    layers: dict[str, Any],
+    config: ClusCompQuantizationConfig,
+    dense: DenseCheckpoint,
+    dtype: torch.dtype,
+    journal: Journal,
+    given: Calibration | None,
+    size: int | None,
+) -> dict[str, ClusterSpec]:
+    """How every matrix is stored: what an earlier run chose, what the settings say, or the best allocation."""
+    if "specs" in journal.content:
+        return {name: ClusterSpec(**fields) for name, fields in journal.content["specs"].items()}
+    started = time.perf_counter()
+    if size is None and (given is None or config.group_size is not None):
+        specs = choose_specs(model, config)
+    else:
+        shapes = {name: tuple(weight_of(layer).shape) for name, layer in layers.items()}
+        weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
+        sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
+        if given is not None:
+            enough = -(-_SENSITIVITY_TOKENS // given.batches[0].numel())
+            blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
+            measured = measure_sensitivity(blocks, given.fitted[:enough])
+            sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
+        demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
+        if size is not None:
+            budget = size - _other_bytes(model, layers, dense, dtype, journal.folder)
+        else:
+            assert config.bits is not None
+            budget = int(config.bits * sum(weights.values()) / 8)
+        try:
+            specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
+        except ValueError as error:
+            if size is None:
+                raise
+            raise ValueError(
+                f"a size of {size} bytes is out of reach: {size - budget} bytes are taken by tensors that stay dense "
+                f"(--dtype can narrow them), tokenizer and reports, and {error}"
+            ) from error
+    journal.commit(
+        specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started
+    )
+    return specs
+
+
+def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
+    """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
+    clustered = {dense.weight_key(name) for name in layers}
+    total = 0
+    for key, shape in dense.shapes.items():
+        itemsize = dtype.itemsize if dense.dtypes[key].is_floating_point else dense.dtypes[key].itemsize
+        total += 0 if key in clustered else math.prod(shape) * itemsize
+    total += sum(entry.stat().st_size for entry in os.scandir(work) if entry.name not in (JOURNAL, LOCK))
+    entry = {
+        "shape": [65536, 65536],
+        "spec": {"group_size": 16, "num_clusters": 65536, "scale_in": True, "scale_out": True},
+        "bytes": 10**9, "true_bits": 1 / 3, "relative_error": 1 / 3, "squared_error": 1 / 3, "squared_norm": 1 / 3,
+        "output_error": {"clustered": 1 / 3, "feedback": 1 / 3},
+    }  # fmt: skip
+    report = {"summary": {"true_bits": 1 / 3}, "matrices": dict.fromkeys(layers, entry)}
+    # Headers of safetensors name each tensor once, the index again.
+    names = sum(len(key) + 130 for key in dense.shapes) + sum(3 * len(name) + 700 for name in layers)
+    return total + names + len(json.dumps(report, indent=1)) + len(render_report("x", report)) + 3 * _MARGIN
