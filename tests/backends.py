@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cluscomp_peft import ops
+from cluscomp_peft.ops import direct
 
 __all__ = ["BACKENDS", "DTYPES", "INTERPRETED", "needs_triton", "run_in_the_interpreter", "use_backend"]
 
@@ -34,9 +35,11 @@ needs_triton = pytest.mark.skipif(
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Tensors on the CPU go to the backend `name` of [`BACKENDS`] from now on."""
     module = importlib.import_module(f"cluscomp_peft.ops.{_MODULES[name]}")
-    linear = ops._owned(module.linear)
-    monkeypatch.setattr(ops, "_linear_here", linear)
-    for op, kernel in ((ops.DECODE, module.decode), (ops.LINEAR, linear), (ops.CODEBOOK_GRAD, module.codebook_grad)):
+    linear = direct.owned(module.linear)
+    kernels = (linear, module.decode, module.codebook_grad)
+    backend = direct._Backend(*kernels, lambda *_: None, lambda *_: False)
+    monkeypatch.setattr(direct, "_on_cpu", lambda: backend)
+    for op, kernel in zip((ops.LINEAR, ops.DECODE, ops.CODEBOOK_GRAD), kernels, strict=True):
         monkeypatch.setitem(op._backend_fns, "cpu", kernel)
 
 

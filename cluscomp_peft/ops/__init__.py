@@ -218,8 +218,8 @@ def linear(
     """`x Wᵀ + bias` with W as [`decode`] gives it, in the dtype of x (under autocast: in autocast's).
 
     Differentiable in x, codebook, scales, residual and bias. Bit for bit `torch.nn.functional.linear` with the decoded
-    weight; on CUDA, and of a large matrix on the CPU, up to 16 tokens are summed in another order (see `cuda.py` and
-    `cpu.py`).
+    weight; a few tokens (on CUDA up to 64, of a large matrix on the CPU up to 16) are summed in another order: see
+    `cuda.py` and `cpu.py`.
 
     Args:
         x (`torch.Tensor`): [..., in], floating point. The other arguments are those of [`decode`].

@@ -1,7 +1,7 @@
 """The tuner layer on codes: `y = base_layer(x, deltas of the active adapters)`, and merging writes the same sum.
 
 The merged layer of codes gives the same bits. A model that was dense becomes dense again when it is unloaded, and then
-only with more than 16 tokens in a call: see `ClusteredLinear.to_dense`.
+only with more than a few tokens in a call: see `ClusteredLinear.to_dense`.
 """
 
 from __future__ import annotations
