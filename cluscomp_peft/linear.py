@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .codes import ClusterSpec, checksum, fingerprint, num_groups, value_fingerprint
+from .lazy_weight import LazyWeight
 from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
 from .placement import is_whole, shape_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "apply_deltas",
     "count_parameters",
     "dense_bits",
+    "in_absolute_units",
     "is_dense_linear",
     "refine",
     "sum_deltas",
@@ -76,6 +78,14 @@ class CodesDigest:
         return None if self._known is None else self._known[1]
 
 
+def in_absolute_units(numbers: ops.Numbers, num_clusters: int) -> Delta:
+    """What an adapter's numbers stand for, fp32, differentiable."""
+    unit, scale_unit = numbers.units.unbind()
+    scales = [None if part is None else part.float() * scale_unit for part in (numbers.scale_in, numbers.scale_out)]
+    codebook = numbers.codebook
+    return Delta(codebook.float().view(-1, num_clusters, codebook.shape[1]) * unit, *scales)
+
+
 class ClusteredLinear(nn.Module):
     """A frozen linear layer in codes.
 
@@ -85,7 +95,7 @@ class ClusteredLinear(nn.Module):
         spec ([`ClusterSpec`]): How the weight is stored.
         bias (`bool`): Whether there is a bias [out].
         codebook_dtype (`torch.dtype`): Of codebook and scales.
-        dtype (`torch.dtype`, *optional*): Of the bias.
+        dtype (`torch.dtype`, *optional*): Of the bias, and what `weight` answers, by default of the codebook.
         device (`torch.device`, *optional*): Of everything. Nothing is initialised: codes are 0, floats NaN, so that a
             layer that was never loaded cannot pass for one that was.
         conv1d (`bool`): The dense layer was a `transformers` Conv1D, whose weight is [in, out]; [`to_dense`] gives
@@ -120,6 +130,7 @@ class ClusteredLinear(nn.Module):
         self.register_parameter("scale_in", empty(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", empty(out_features) if spec.scale_out else None)
         self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
+        self.weight_dtype = dtype or codebook_dtype  # of the weight that this layer stands for; casts follow it
         self._digest = CodesDigest()
         self._digest_of_map: tuple[Any, str | None] | None = None
 
@@ -133,10 +144,12 @@ class ClusteredLinear(nn.Module):
         bias: torch.Tensor | None,
         out_features: int,
         conv1d: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> ClusteredLinear:
-        """A layer of existing tensors, none of which is copied; shapes as in the class."""
+        """A layer of existing tensors, none of which is copied; shapes and `dtype` as in the class."""
         spec = ClusterSpec.of(codebook, scale_in, scale_out)
         layer = cls(codes.shape[0], out_features, spec, bias=bias is not None, device="meta", conv1d=conv1d)
+        layer.weight_dtype = dtype or codebook.dtype
         parts = {"codes": codes, "codebook": codebook, "scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         for name, value in parts.items():
             if value is not None:
@@ -163,12 +176,20 @@ class ClusteredLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded weight in the dtype of the codebook, [out, in] (Conv1D: [in, out]).
+        """The weight that this layer stands for, in the model's dtype, [out, in] (Conv1D: [in, out]).
 
-        Decodes the whole matrix at every access. It exists for model code that asks a layer for its weight's dtype or
-        device; writing into it changes nothing.
+        For model code that asks for its dtype or device, which costs nothing. Whoever computes with it decodes the
+        whole matrix each time; writing into it changes nothing.
         """
-        return self._orient(self.decode())
+        if torch.compiler.is_compiling():  # and leaves out what only a dtype was asked of
+            return self._orient(self.decode(self.weight_dtype))
+        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
+        make = lambda: self._orient(self.decode(self.weight_dtype))  # noqa: E731
+        return LazyWeight(shape, self.weight_dtype, self.codes.device, make)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ClusteredLinear:
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
     def decode(self, dtype: torch.dtype | None = None, deltas: Sequence[Delta] = ()) -> torch.Tensor:
         """The weight [out, in] with `deltas` applied, in `dtype` (by default the codebook's)."""
@@ -192,21 +213,35 @@ class ClusteredLinear(nn.Module):
         pairs = zip(("codebook", "scale_in", "scale_out"), values, strict=True)
         store_all(self, {name: value.to(dtype) for name, value in pairs if value is not None})
 
-    def forward(self, x: torch.Tensor, deltas: Sequence[Delta] = ()) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers] = ()) -> torch.Tensor:
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
         if offload_hook(self) is None:
             return self._forward(x, deltas)
         with taken_away_on_error(self):
             return self._forward(x, deltas)
 
-    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
-        codebook, scale_in, scale_out = self.effective(deltas)
+    def _forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers]) -> torch.Tensor:
+        if len(deltas) == 1 and isinstance(deltas[0], ops.Numbers):
+            parts = (self.codes, self.codebook, self.scale_in, self.scale_out, self.bias)
+            y = ops.adapted_linear(x, *parts, deltas[0], out_features=self.out_features)
+            if y is not None:
+                return y
+        clusters = self.codebook.shape[1]
+        absolute = [
+            in_absolute_units(delta, clusters) if isinstance(delta, ops.Numbers) else delta for delta in deltas
+        ]
+        codebook, scale_in, scale_out = self.effective(absolute)
         return ops.linear(
             x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
         )
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
-        """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared."""
+        """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared.
+
+        It computes what this layer does, to the last bit with more than 16 tokens in a call. Up to 16 are multiplied
+        here straight from the codes (see `ops/cpu.py`, `ops/cuda.py`) and there by `F.linear`, which adds the same
+        products in another order; so does a Conv1D, with any number of tokens.
+        """
         with torch.device("meta"):
             dense: nn.Linear | Conv1D
             if self.conv1d:

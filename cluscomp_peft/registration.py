@@ -10,6 +10,7 @@ which neither a process that only clusters nor `cluscomp --help` has any use for
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -31,9 +32,9 @@ def register_on_import() -> None:
     """Registers with PEFT and transformers where they are imported already, else as soon as they are."""
     if not any(isinstance(finder, _Afterwards) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Afterwards())
-    for name, then in _AFTER.items():
+    for name in _AFTER:
         if name in sys.modules:
-            then()
+            _tell(name)
 
 
 def _register_method() -> None:
@@ -65,20 +66,43 @@ def _register_format() -> None:
         register_quantizer(_METHOD)(ClusCompHfQuantizer)
 
 
+_AFTER: dict[str, Callable[[], object]] = {"peft": _register_method, "transformers.quantizers.auto": _register_format}
 # Our own packages bring in what they register with before any of their modules is begun.
-_AFTER: dict[str, Callable[[], object]] = {
-    "peft": _register_method,
-    "transformers.quantizers.auto": _register_format,
-    f"{__package__}.tuner": lambda: import_module("peft"),
-    f"{__package__}.hf": lambda: import_module("transformers.quantizers.auto"),
-}
+_OURS = {f"{__package__}.tuner": "peft", f"{__package__}.hf": "transformers.quantizers.auto"}
+_failed: dict[str, Exception] = {}
+
+
+def _tell(name: str) -> None:
+    """Registers with a package that has just been imported. If that fails, those who import it for something else must
+    not suffer: they are warned, and only what is ours refuses to work."""
+    if name in _OURS:
+        import_module(_OURS[name])
+        if _OURS[name] in _failed:
+            raise ImportError(_why(_OURS[name])) from _failed[_OURS[name]]
+        return
+    try:
+        _AFTER[name]()
+    except Exception as error:
+        _failed[name] = error
+        ours = next(package for package, needed in _OURS.items() if needed == name)
+        for module in [module for module in sys.modules if f"{module}.".startswith(f"{ours}.")]:
+            del sys.modules[module]  # some began to work; whoever asks for them again is told why they cannot
+        warnings.warn(f"{_why(name)}. Everything else works.", stacklevel=2)
+
+
+def _why(name: str) -> str:
+    package, error = name.partition(".")[0], _failed[name]
+    return (
+        f"cluscomp_peft cannot register with the {package} that is installed ({type(error).__name__}: {error}); "
+        f"install versions of {package} and cluscomp_peft that belong together"
+    )
 
 
 class _Afterwards(MetaPathFinder):
-    """Finds the modules of `_AFTER` as others do, and calls the function when the module has been executed."""
+    """Finds the modules of `_AFTER` and `_OURS` as others do, and tells when one has been executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in _AFTER:
+        if name not in _AFTER and name not in _OURS:
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
@@ -87,7 +111,7 @@ class _Afterwards(MetaPathFinder):
 
             def execute_and_tell(module: Any) -> None:
                 execute(module)
-                _AFTER[name]()
+                _tell(name)
 
             spec.loader.exec_module = execute_and_tell
         return spec

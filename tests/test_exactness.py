@@ -1,16 +1,24 @@
-"""What the product promises to the last bit, on {fp32, bf16} x {compressed, dense-born, dense} bases."""
+"""What the product promises to the last bit, on {fp32, bf16} x {compressed, dense-born, dense} bases.
+
+The models of most tests are too small for the fast kernels; `test_on_every_path_…` run on each of them, at numbers of
+tokens on both sides of where another kernel takes over.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from cluscomp_peft import ClusteredLinear
+from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.hf.evaluate import true_bits
+from cluscomp_peft.ops import cpu
 
-from .conftest import config_for, logits_of, train_briefly
+from . import backends
+from .conftest import BORN, config_for, logits_of, tiny_llama, train_briefly
 
 KINDS = ["compressed", "born", "dense"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -180,3 +188,92 @@ def test_compressed_checkpoints_round_trip(compressed_dir, dtype, tokens, tmp_pa
     for (name, one), two in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert one.dtype == two.dtype, name
         assert torch.equal(one, two), name
+
+
+# -- on every path
+
+COUNTS = [1, 3, 16, 17, 64]  # tokens
+FEW = 16  # up to which kernels other than the dense product's may sum
+SIZES = dict(hidden_size=136, intermediate_size=176, num_key_value_heads=4, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A dense model whose every matrix is large enough for the compiled kernels, and the same compressed."""
+    dense, compressed = (str(tmp_path_factory.mktemp(name)) for name in ("wide", "wide_compressed"))
+    # Interpreted kernels take any size, slowly.
+    sizes = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=20) if backends.INTERPRETED else SIZES
+    tiny_llama(**sizes).save_pretrained(dense)
+    config = ClusCompQuantizationConfig(**BORN)
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(compressed)
+    return {"compressed": compressed, "born": dense, "dense": dense}
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request, monkeypatch) -> str:
+    backends.use_backend(monkeypatch, request.param)
+    return request.param
+
+
+def texts() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 96, (1, count), generator=generator) for count in COUNTS]
+
+
+def loaded_anew(folder: str, dtype: torch.dtype):
+    """A model in memory of torch's own: MKL's products depend on how a weight lies in memory, in a file anyhow."""
+    return copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+def all_logits(model) -> list[torch.Tensor]:
+    return [logits_of(model, text) for text in texts()]
+
+
+def all_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, two) for one, two in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", backends.DTYPES)
+def test_on_every_path_merging_is_exact(folders, kind, dtype, backend, monkeypatch, tmp_path):
+    seen = []
+    few = cpu._linear_few
+    monkeypatch.setattr(cpu, "_linear_few", lambda *args: seen.append(args) or few(*args))
+    base = loaded_anew(folders[kind], dtype)
+    expected = all_logits(base)
+    model = get_peft_model(base, config_for(kind, num_blocks=2, init_weights=False))
+    after = all_logits(model)
+    assert not any(torch.equal(one, two) for one, two in zip(expected, after, strict=True))
+    assert bool(seen) == (backend == "cpu" and kind != "dense")
+    model.merge_adapter()
+    assert all_equal(all_logits(model), after)
+    with model.disable_adapter():  # also unmerges
+        assert kind == "born" or all_equal(all_logits(model), expected)
+
+    merged = model.merge_and_unload()
+    for count, ours, theirs in zip(COUNTS, all_logits(merged), after, strict=True):
+        if kind == "born" and backend != "reference" and count <= FEW:
+            # A layer of codes became an nn.Linear, which sums in another order: README, "Exact to the last bit".
+            rounding = torch.finfo(dtype).eps * theirs.abs().max()
+            assert (ours - theirs).abs().max() <= 32 * rounding
+        else:
+            assert torch.equal(ours, theirs), count
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, value in merged.state_dict().items():
+        assert value.dtype == loaded[name].dtype and torch.equal(value, loaded[name]), name
+
+
+@pytest.mark.parametrize("dtype", backends.DTYPES)
+def test_on_every_path_a_fresh_adapter_changes_nothing(folders, kind, dtype, backend):
+    base = loaded_anew(folders[kind], dtype)
+    expected = all_logits(base)
+    model = get_peft_model(base, config_for(kind))
+    if kind == "born":
+        with model.disable_adapter():
+            expected = all_logits(model)
+    assert all_equal(all_logits(model), expected)
+
+
+@backends.needs_triton
+def test_the_kernels_of_triton_keep_it_too():
+    backends.run_in_the_interpreter(__file__, "-k", "on_every_path")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -19,7 +20,7 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.codes import code_bits
 from cluscomp_peft.hf.evaluate import true_bits
 
-from .conftest import logits_of, tiny_llama
+from .conftest import config_for, logits_of, tiny_llama
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -153,6 +154,24 @@ def test_dequantize_gives_a_plain_model(compressed_dir, tokens, tmp_path):
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.load(open(tmp_path / "config.json"))
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
+
+
+@pytest.mark.parametrize("way", ["peft", "mixin"])
+def test_a_model_with_an_adapter_is_not_dequantized(compressed_dir, tokens, way):
+    model = AutoModelForCausalLM.from_pretrained(compressed_dir)
+    if way == "peft":
+        wrapped = get_peft_model(model, config_for("compressed", init_weights=False))
+    else:
+        model.add_adapter(config_for("compressed", init_weights=False))
+        wrapped = model
+    expected = logits_of(wrapped, tokens)
+    with pytest.raises(ValueError, match=r"q_proj has an adapter.*merge_and_unload"):
+        wrapped.dequantize()
+    assert torch.equal(logits_of(wrapped, tokens), expected)
+    if way == "peft":
+        dense = wrapped.merge_and_unload().dequantize()
+        assert not any(isinstance(module, ClusteredLinear) for module in dense.modules())
+        assert torch.allclose(logits_of(dense, tokens), expected, atol=1e-4)
 
 
 def test_sharded_checkpoints(compressed_dir, tokens, tmp_path):

@@ -1,19 +1,8 @@
-"""What every backend of the ops promises alike: the reference, the CPU kernels, and Triton's in its interpreter.
-
-The interpreter must be asked for before Triton is imported, so `test_every_promise_in_the_interpreter` runs this file
-once more in a process of its own. It rounds to bf16 by truncation and cannot multiply bf16 tiles, so bf16 stays out
-there.
-"""
+"""What every backend of the ops promises alike: the reference, the CPU kernels, and Triton's in its interpreter."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,40 +11,24 @@ from cluscomp_peft import ops
 from cluscomp_peft.codes import code_bits, num_groups, pack, unpack
 from cluscomp_peft.ops import cpu, reference
 
-ROOT = Path(__file__).resolve().parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
+from .backends import BACKENDS, INTERPRETED, needs_triton, run_in_the_interpreter, use_backend
+
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 IN, OUT = 40, 33
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request, monkeypatch) -> str:
-    """Lets the ops run on one backend, whatever the device and however small the matrix."""
-    modules = {"reference": "reference", "cpu": "cpu", "triton": "cuda"}
-    module = importlib.import_module(f"cluscomp_peft.ops.{modules[request.param]}")
-    monkeypatch.setattr(cpu, "_SMALL", 1)
-    linear = ops._owned(module.linear)
-    monkeypatch.setattr(ops, "_linear_here", linear)
-    for op, kernel in ((ops.DECODE, module.decode), (ops.LINEAR, linear), (ops.CODEBOOK_GRAD, module.codebook_grad)):
-        monkeypatch.setitem(op._backend_fns, "cpu", kernel)
-    return request.param
+@pytest.fixture(autouse=True)
+def on_backend(request, monkeypatch):
+    """Small matrices take the kernels too."""
+    if "backend" in request.fixturenames:
+        monkeypatch.setattr(cpu, "_SMALL", 1)
+        use_backend(monkeypatch, request.getfixturevalue("backend"))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is what runs here")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
-def test_every_promise_in_the_interpreter(backend):
-    if backend != BACKENDS[0]:
-        return
-    options = ["-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@needs_triton
+def test_every_promise_in_the_interpreter():
+    run_in_the_interpreter(__file__)
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -87,11 +60,12 @@ def parts(
 # -- results
 
 
+@each_backend
 @pytest.mark.parametrize("graph", [None, "x", "codebook"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [(), (1,), (20,), (2, 3), (2, 20), (2, 2, 3), (0, 2)])
-def test_results_belong_to_the_caller_who_may_change_them(lead, dtype, bias, graph):
+def test_results_belong_to_the_caller_who_may_change_them(backend, lead, dtype, bias, graph):
     given, x = parts(scales=graph == "x"), normal(*lead, IN, dtype=dtype)
     offset = normal(OUT, seed=4) if bias else None
     leaves = {"x": x, "codebook": given["codebook"]}
@@ -113,9 +87,10 @@ def test_results_belong_to_the_caller_who_may_change_them(lead, dtype, bias, gra
 # -- codes beyond the codebook
 
 
+@each_backend
 @pytest.mark.parametrize("count", [1, 3, 16, 20])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9, 12])
-def test_codes_beyond_the_codebook_are_its_last_one(bits, count):
+def test_codes_beyond_the_codebook_are_its_last_one(backend, bits, count):
     """Bytes at random, in every field and behind the last: read, multiplied, and their gradient collected."""
     generator = torch.Generator().manual_seed(bits)
     clusters = 2**bits - 1 if bits % 2 else 2 ** (bits - 1) + 1
@@ -138,8 +113,9 @@ def test_codes_beyond_the_codebook_are_its_last_one(bits, count):
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-4)
 
 
+@each_backend
 @pytest.mark.parametrize("clusters", [3, 5, 128, 200, 2**9 - 1])
-def test_one_stray_code_is_found(clusters):
+def test_one_stray_code_is_found(backend, clusters):
     codes = torch.full((IN, OUT), clusters - 1)
     for place in ((0, 0), (IN - 1, OUT - 1), (7, 11)):
         assert not ops.has_stray_codes(pack(codes, code_bits(clusters)), clusters, OUT)

@@ -107,6 +107,40 @@ def test_whatever_is_imported_first_all_is_registered(first):
     fresh(f"{first}\n{REGISTERED}")
 
 
+@pytest.mark.parametrize(
+    "theirs, ours, imports, name",
+    [
+        ("peft", "tuner.model", "from peft import LoraConfig", "ClusCompConfig"),
+        ("transformers", "hf.quantizer", "from transformers.quantizers import auto", "ClusCompQuantizationConfig"),
+    ],
+)
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_what_cannot_register_breaks_no_import_but_its_own(first, theirs, ours, imports, name):
+    order = [imports, "import cluscomp_peft"] if first == "theirs" else ["import cluscomp_peft", imports]
+    fresh(f"""
+import sys, warnings
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cluscomp_peft.{ours}":
+            raise AttributeError("moved elsewhere")
+sys.meta_path.insert(0, Broken())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {order[0]}
+    {order[1]}
+said = [str(w.message) for w in caught if "cannot register" in str(w.message)]
+assert len(said) == 1 and "{theirs}" in said[0] and "moved elsewhere" in said[0], said
+assert cluscomp_peft.kmeans
+for _ in range(2):
+    try:
+        cluscomp_peft.{name}
+    except ImportError as error:
+        assert "cannot register with the {theirs} that is installed" in str(error), error
+    else:
+        raise AssertionError("it works without being registered")
+""")
+
+
 def test_absent_names_are_absent():
     with pytest.raises(AttributeError, match="has no attribute 'NoSuchName'"):
         _ = cluscomp_peft.NoSuchName

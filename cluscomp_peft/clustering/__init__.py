@@ -3,7 +3,7 @@
     scalar    d = 1: dynamic programming, or Lloyd on sorted values                                any device
     cpu       d ≤ 16, n ≤ 65,536: sorted vectors, pruned assignment, numba                        CPU
     cuda      fused assignment in Triton                                                          CUDA
-    torch     plain Lloyd, the judge of the others; what is left when numba or Triton is absent   any device
+    torch     plain Lloyd, the judge of the others; does the work where numba or Triton cannot    any device
 
 Engines share one signature, (vectors [N, d] fp32, num_clusters, weights [N] or None, start centroids [n, d] or None,
 iterations, tolerance, seed, threads, progress) → (centroids, codes, objective, iterations done). All but
@@ -12,7 +12,6 @@ iterations, tolerance, seed, threads, progress) → (centroids, codes, objective
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .engines import COMPILED, can_compile, give_up, installed
 from .start import density_start
 
 __all__ = ["QUALITIES", "KMeansInfo", "kmeans"]
@@ -92,6 +92,7 @@ def kmeans(
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
+    chosen = engine == "auto"  # by us, who may choose again
     engine = _choose_engine(engine, vectors, num_clusters)
 
     started = time.perf_counter()
@@ -102,16 +103,27 @@ def kmeans(
         if start is None and init == "random":
             generator = torch.Generator().manual_seed(seed)
             start = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
-        lengths, shares = (0, 0) if engine == "scalar" else (_exponent(vectors), _exponent(weights))
-        unit = 2.0 ** (2 * lengths + shares)  # what the objective is counted in
-        vectors, weights, start = _scaled(vectors, lengths), _scaled(weights, shares), _scaled(start, lengths)
-        if start is None and engine == "torch":
-            start = density_start(vectors, num_clusters, weights, seed)
-        told = None if progress is None else lambda done, objective, tell=progress: tell(done, objective * unit)
-        codebook, codes, objective, done = _run(engine)(
-            vectors, num_clusters, weights, start, iterations, tolerance, seed, threads, told
-        )
-        codebook, objective = _scaled(codebook, -lengths), objective * unit
+        raised: list[BaseException] = []
+
+        def told(done: int, objective: float) -> None:
+            try:
+                if progress is not None:
+                    progress(done, objective)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        given = (vectors, num_clusters, weights, start, iterations, tolerance, seed, threads, told)
+        try:
+            codebook, codes, objective, done = _run(engine, *given)
+        except Exception as error:
+            # Who runs out of memory, or stops by `progress`, wants no slower engine.
+            ended = raised or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if ended or not chosen or engine not in COMPILED:
+                raise
+            give_up(engine, error)
+            engine = "torch"
+            codebook, codes, objective, done = _run(engine, *given)
     unused = torch.bincount(codes, minlength=num_clusters) == 0
     return codebook, codes, KMeansInfo(objective, done, engine, time.perf_counter() - started, unused)
 
@@ -160,29 +172,54 @@ def _choose_engine(engine: str, vectors: torch.Tensor, num_clusters: int) -> str
     if engine == "auto":
         if dim == 1:
             return "scalar"
-        if device == "cuda" and fits and torch.version.cuda is not None and _has("triton"):
+        if device == "cuda" and fits and torch.version.cuda is not None and can_compile("cuda"):
             return "cuda"
         large = total * num_clusters > _PLAIN_PAIRS
-        return "cpu" if device == "cpu" and fits and large and _has("numba") else "torch"
+        return "cpu" if device == "cpu" and fits and large and can_compile("cpu") else "torch"
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {engine!r}.")
     if engine == "scalar" and dim != 1:
         raise ValueError(f"engine='scalar' clusters numbers, got vectors of dimension {dim}.")
-    if engine in ("cpu", "cuda"):
-        package = "numba" if engine == "cpu" else "triton"
+    if engine in COMPILED:
+        package = COMPILED[engine]
         if not fits:
             raise ValueError(
                 f"engine={engine!r} takes up to {_MAX_DIM} dimensions and {_MAX_CLUSTERS} clusters, got {dim} and "
                 f"{num_clusters}; use engine='torch'."
             )
-        if not _has(package):
+        if not installed(package):
             raise ValueError(f"engine={engine!r} needs {package}: pip install {package}, or use engine='torch'.")
     if engine == "cpu" and device != "cpu":
         raise ValueError(f"engine='cpu' takes vectors on the CPU, got {vectors.device}.")
     return engine
 
 
-def _run(engine: str) -> Callable:
+def _run(
+    engine: str,
+    vectors: torch.Tensor,
+    num_clusters: int,
+    weights: torch.Tensor | None,
+    start: torch.Tensor | None,
+    iterations: int,
+    tolerance: float,
+    seed: int,
+    threads: int,
+    progress: Callable[[int, float], None],
+) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+    """What an engine makes of vectors and weights in units that fp32 can square; those of "scalar" are fp64."""
+    lengths, shares = (0, 0) if engine == "scalar" else (_exponent(vectors), _exponent(weights))
+    unit = 2.0 ** (2 * lengths + shares)  # what the objective is counted in
+    vectors, weights, start = _scaled(vectors, lengths), _scaled(weights, shares), _scaled(start, lengths)
+    if start is None and engine == "torch":
+        start = density_start(vectors, num_clusters, weights, seed)
+    codebook, codes, objective, done = _engine(engine)(
+        vectors, num_clusters, weights, start, iterations, tolerance, seed, threads,
+        lambda step, error: progress(step, error * unit),
+    )  # fmt: skip
+    return _scaled(codebook, -lengths), codes, objective * unit, done
+
+
+def _engine(engine: str) -> Callable:
     """The engine's function; numba and Triton are imported only by those who use them."""
     if engine == "scalar":
         from .scalar import lloyd_scalar
@@ -199,10 +236,6 @@ def _run(engine: str) -> Callable:
     from .lloyd import lloyd
 
     return lloyd
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _exponent(values: torch.Tensor | None) -> int:

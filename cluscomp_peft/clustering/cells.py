@@ -12,8 +12,8 @@ Names, here and in `nearest`:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..jit import njit
 from .scan import lanes, scan
 
 __all__ = [
@@ -40,7 +40,7 @@ SLAB = 4096  # vectors handled at once: what their buffers take stays in the cac
 MARGIN = np.float32(1 + 1e-5)  # bounds are rounded to fp32; nothing that matters may fall outside
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _random_below(state, limit):
     """A number in [0, limit) by splitmix64 (Steele, Lea & Flood 2014)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -51,7 +51,7 @@ def _random_below(state, limit):
     return np.int64((z >> np.uint64(11)) % np.uint64(limit))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def pack(x, first, last, origin, packed, norms):
     """x[first:last] relative to origin, in chunks for `scan`, the last filled with zeros; returns the chunks."""
     dim = x.shape[1]
@@ -73,7 +73,7 @@ def pack(x, first, last, origin, packed, norms):
     return chunks
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def candidates(c, origin, rows):
     """Rows of centroids for `scan`, relative to origin."""
     dim = c.shape[1]
@@ -86,7 +86,7 @@ def candidates(c, origin, rows):
         rows[k, dim] = norm
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def scan_chunks(packed, rows, count, chunks, dim, best, index):
     size = lanes(dim)
     for q in range(chunks):
@@ -100,7 +100,7 @@ def scan_chunks(packed, rows, count, chunks, dim, best, index):
         )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _mean(x):
     dim = x.shape[1]
     total = np.zeros(dim)
@@ -113,7 +113,7 @@ def _mean(x):
     return origin
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def distance(x, i, c, k):
     """Squared distance, from the difference: a score plus a norm keeps no digits of a much smaller distance."""
     total = np.float32(0)
@@ -123,7 +123,7 @@ def distance(x, i, c, k):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def split_cell(x, w, c, sample, iterations, seed):
     """Centroids c (written) for x: random distinct places of a sample, then a few Lloyd iterations on it."""
     dim, clusters, total = x.shape[1], len(c), len(x)
@@ -182,7 +182,7 @@ def split_cell(x, w, c, sample, iterations, seed):
                 best[worst] = -norms[worst]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def scan_cells(x, w, c, offset, code, dist, error):
     """code (offset + nearest of c) and dist of every x; error [len(c)] collects the weighted squared distances."""
     dim, total = x.shape[1], len(x)
@@ -205,13 +205,13 @@ def scan_cells(x, w, c, offset, code, dist, error):
             error[k] += np.float64(value) * (w[first + t] if len(w) else np.float32(1))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def count_codes(code, counts):
     for i in range(len(code)):
         counts[code[i]] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def rank_codes(code, first, position, order):
     """A stable counting sort: order[position[code]++] = first, first + 1, …"""
     for i in range(len(code)):
@@ -220,20 +220,20 @@ def rank_codes(code, first, position, order):
         position[c] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def gather_values(old, places, new):
     for i in range(len(places)):
         new[i] = old[places[i]]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def gather_vectors(old, places, new):
     for i in range(len(places)):
         for j in range(old.shape[1]):
             new[i, j] = old[places[i], j]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def update_centroids(x, w, order, starts, dist, first, last, c, reach, error, worst):
     """Centroids [first, last) move to their weighted mean (fp64). Written for each of them:
 
@@ -269,7 +269,7 @@ def update_centroids(x, w, order, starts, dist, first, last, c, reach, error, wo
         reach[k] = (np.sqrt(far) + np.float32(np.sqrt(moved))) * MARGIN
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def measure_reach(order, starts, dist, reach):
     """The reach of centroids that have not moved since `dist` was written."""
     for k in range(len(reach)):
@@ -279,7 +279,7 @@ def measure_reach(order, starts, dist, reach):
         reach[k] = np.sqrt(far) * MARGIN
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def bound_blocks(c, bounds, low, high):
     dim = c.shape[1]
     for b in range(len(bounds) - 1):
@@ -291,14 +291,14 @@ def bound_blocks(c, bounds, low, high):
             low[j, b], high[j, b] = smallest, largest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def restore_codes(source, code, names, codes):
     """Codes by name, at the places where the vectors came from."""
     for i in range(len(code)):
         codes[source[i]] = names[code[i]]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def exact_objective(x, w, c, code):
     """Weighted squared distance in fp64."""
     total = 0.0

@@ -17,8 +17,8 @@ All coordinates are taken relative to the home before anything is squared, so fp
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..jit import njit
 from .cells import MARGIN, SLAB, candidates, distance, pack, scan_chunks
 from .scan import collect, lanes, lowest_bit, scan
 
@@ -30,7 +30,7 @@ _TINY = np.float32(1e-36)  # a squared distance that bins cannot be made of; vec
 _ROUNDING = np.float32(4e-6)  # of a sum of 17 products in fp32, with room to spare
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def collectable(c, origin, rows):
     """Rows of all centroids for `collect`; what fp32 may round away is taken off the norm, so nothing is missed."""
     candidates(c, origin, rows)
@@ -38,7 +38,7 @@ def collectable(c, origin, rows):
         rows[k, c.shape[1]] *= 1 - _ROUNDING
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _nearby(c, origin, rows, home, count, limits, bounds, low, high, packed, bias, hits, masks, ends):
     """Centroids within `limits` (squared distances) of the homes [home, home + count), count ≤ lanes.
 
@@ -105,7 +105,7 @@ def _nearby(c, origin, rows, home, count, limits, bounds, low, high, packed, bia
     return result
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _mark(
     q, count, packed, rows, end, dim, norms, best, slack, home, listed, hits, masks, marks, seen, lists, lengths
 ):
@@ -131,7 +131,7 @@ def _mark(
             lengths[home] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def assign(
     x, order, starts, c, origin, rows, reach, bounds, low, high, factor, slack, first, last, code, dist, lists, lengths
 ):
@@ -266,7 +266,7 @@ def assign(
             home += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def assign_listed(x, order, starts, c, lists, lengths, wide, slack, first, last, code, dist, new_lists, new_lengths):
     """Nearest of the home, its list and, if `wide`, the lists of all on its list, for vectors with homes in
     [first, last). A wide pass writes new lists, by the rule of [`assign`]."""

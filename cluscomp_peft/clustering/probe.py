@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..jit import njit
 from .cells import MARGIN
 
 __all__ = ["probe_cells"]
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def probe_cells(x, centers, radii, bounds, places, names, codes):
     """Writes the name of the nearest of `places` for each of x.
 

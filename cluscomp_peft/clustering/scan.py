@@ -16,9 +16,11 @@ LLVM instructions written out, on vectors of 16 floats that LLVM cuts to what th
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ..jit import njit
 
 __all__ = ["MAX_DIM", "collect", "lanes", "lowest_bit", "scan"]
 
@@ -31,7 +33,7 @@ def _registers(dim: int) -> int:
     return 4 if dim <= 5 else 2 if dim <= 12 else 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def lanes(dim):
     """Vectors in a chunk of dimension `dim`."""
     return 64 if dim <= 5 else 32 if dim <= 12 else 16
@@ -223,7 +225,7 @@ class _Collect(_Loops):
         return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def scan(points, candidates, count, dim, best, index):
     """Lowers `best` and sets `index` for one chunk; all but `count` and `dim` are addresses.
 
@@ -233,7 +235,7 @@ def scan(points, candidates, count, dim, best, index):
     _scan(points, candidates, count, dim, best, index)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def collect(points, candidates, count, dim, limits, hits, masks):
     """Candidates whose score is at most its limit for any vector of one chunk; returns how many there are.
 

@@ -6,12 +6,14 @@ says that they hold nothing nearer than what is known already. Everything else i
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
+
+from .engines import can_compile, give_up
 
 __all__ = ["Nearest"]
 
@@ -33,18 +35,25 @@ class Nearest:
         self.centroids, self.dim = centroids, centroids.shape[1]
         self._threads = threads or torch.get_num_threads()
         self._cells: tuple[np.ndarray, ...] = ()
-        if centroids.device.type == "cpu" and len(centroids) >= _LARGE and find_spec("numba") is not None:
+        if centroids.device.type == "cpu" and len(centroids) >= _LARGE and can_compile("cpu"):
             self._cells = _cells(centroids)
-            return
-        self._half = centroids.square().sum(1).mul(0.5)
-        self._transposed = centroids.t().contiguous()
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        if self._cells:
-            return self._probe(vectors)
+        if self._cells and can_compile("cpu"):
+            try:
+                return self._probe(vectors)
+            except MemoryError:
+                raise
+            except Exception as error:
+                give_up("cpu", error)
         rows = max(1, _PRODUCTS // len(self.centroids))
-        parts = [torch.addmm(self._half, part, self._transposed, alpha=-1).argmin(1) for part in vectors.split(rows)]
+        half, transposed = self._plain
+        parts = [torch.addmm(half, part, transposed, alpha=-1).argmin(1) for part in vectors.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @functools.cached_property
+    def _plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.centroids.square().sum(1).mul(0.5), self.centroids.t().contiguous()
 
     def _probe(self, vectors: torch.Tensor) -> torch.Tensor:
         from .probe import probe_cells

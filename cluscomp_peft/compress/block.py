@@ -231,7 +231,14 @@ def _cluster(
 
     def build(packed: torch.Tensor, codebook: torch.Tensor) -> ClusteredLinear:
         return ClusteredLinear.from_parts(
-            packed, codebook, scale_in, scale_out, dense.bias, len(weight), conv1d=not isinstance(dense, nn.Linear)
+            packed,
+            codebook,
+            scale_in,
+            scale_out,
+            dense.bias,
+            len(weight),
+            conv1d=not isinstance(dense, nn.Linear),
+            dtype=weight_of(dense).dtype,
         )
 
     layer = build(packed, codebook)

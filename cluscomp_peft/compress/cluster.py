@@ -32,7 +32,14 @@ def cluster_linear(module: nn.Module, spec: ClusterSpec, **settings: Any) -> Clu
     weight = weight_of(module).detach()
     packed, codebook, scale_in, scale_out = cluster_codes(weight, spec, **settings)
     return ClusteredLinear.from_parts(
-        packed, codebook, scale_in, scale_out, module.bias, weight.shape[0], conv1d=isinstance(module, Conv1D)
+        packed,
+        codebook,
+        scale_in,
+        scale_out,
+        module.bias,
+        weight.shape[0],
+        conv1d=isinstance(module, Conv1D),
+        dtype=weight.dtype,
     )
 
 

@@ -34,7 +34,7 @@ from ..offloading import hooks_of, offload_hook
 from .checkpoint import check_tensors
 from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
-from .refusals import refuse_non_finite, refuse_offloading, refuse_tensor_parallel
+from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -110,8 +110,11 @@ class ClusCompHfQuantizer(HfQuantizer):
                 spec,
                 bias=dense.bias is not None,
                 codebook_dtype=config.dtype,
+                dtype=dense.weight.dtype,
                 conv1d=isinstance(dense, Conv1D),
             )
+            if _stays_fp32(model, name, dense.weight.dtype):
+                clustered.weight_dtype = torch.float32
             model.set_submodule(name, clustered)
         return model
 
@@ -229,6 +232,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        refuse_adapters(name for name, _ in clustered_linears(model))
         for name, module in list(clustered_linears(model)):
             model.set_submodule(name, module.to_dense(dtype or model.dtype))
         return model
@@ -278,6 +282,15 @@ class ClusterOnLoad(ConversionOps):
             dense._parameters["weight"] = weight
             self.hf_quantizer.submit(model, name, dense)
         return {}
+
+
+def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps this layer's weight in fp32 in a model of another dtype (the last layer of T5's MLP
+    in fp16, say), whose code then casts what goes in."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype.itemsize == 2 else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return any(part in kept for part in name.split("."))
 
 
 def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:

@@ -13,7 +13,21 @@ from torch import nn
 from ..linear import ClusteredLinear
 from ..offloading import stored
 
-__all__ = ["refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel"]
+__all__ = ["refuse_adapters", "refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel"]
+
+
+def refuse_adapters(names: Iterable[str]) -> None:
+    """Raises a ValueError if one of the clustered layers of a model is the base of an adapter.
+
+    Its deltas belong to codes; under them a dense weight would be no base that they can be added to.
+    """
+    for name in names:
+        if name.rpartition(".")[2] == "base_layer":
+            raise ValueError(
+                f"{name.removesuffix('.base_layer')} has an adapter, which needs the codes: a model with adapters is "
+                "not dequantized. Call merge_and_unload(), or unload() for the base alone, and dequantize() what it "
+                "returns."
+            )
 
 
 def refuse_non_finite(layers: Iterable[tuple[str, ClusteredLinear]]) -> None:

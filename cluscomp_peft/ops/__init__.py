@@ -23,26 +23,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C._functorch import maybe_current_level
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..codes import code_bits
-from . import cpu, reference
+from . import cpu, direct, reference
 from .checks import check, check_gradient
+from .direct import Numbers, gradients, owned
 
 __all__ = [
     "CODEBOOK_GRAD",
     "DECODE",
     "LINEAR",
     "ROUND_TO",
+    "Numbers",
+    "adapted_linear",
     "codebook_grad",
     "decode",
     "has_stray_codes",
     "linear",
     "round_to",
 ]
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @torch.library.custom_op("cluscomp::decode", mutates_args=())
@@ -88,21 +87,8 @@ def _(x, grad_output, codes, codebook, scale_in, scale_out, residual):
     )
 
 
-def _owned(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A kernel of [`LINEAR`] whose result is no view, which autograd would refuse to see changed in place:
-    `F.linear` gives a view of its product where x has three dimensions, or one, and there is a bias.
-    """
-
-    @functools.wraps(kernel)
-    def call(*args: Any) -> torch.Tensor:
-        y = kernel(*args)
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # what is viewed has no other owner
-
-    return call
-
-
 @functools.partial(torch.library.custom_op, "cluscomp::linear", mutates_args=())
-@_owned
+@owned
 def LINEAR(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -122,44 +108,20 @@ def _(x, codes, codebook, scale_in, scale_out, residual, bias, out_features):
 
 
 def _linear_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    x, codes, codebook, scale_in, scale_out, residual, bias, out_features = inputs
+    x, codes, codebook, scale_in, scale_out, residual, bias, _ = inputs
     ctx.save_for_backward(x, codes, codebook, scale_in, scale_out, residual)
-    ctx.out_features = out_features
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """In their own dtype, even where backward runs inside the user's autocast region."""
-    if not torch.amp.is_autocast_available(left.device.type):
-        return left @ right
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right
-
-
 def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-    x, codes, codebook, scale_in, scale_out, residual = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    grad_x = grad_codebook = grad_in = grad_out = grad_residual = grad_bias = None
-    flat_grad = grad_output.reshape(-1, ctx.out_features)
-    flat_x = x.reshape(-1, x.shape[-1])
-    if wants[0]:
-        dtype = cpu.product_dtype(flat_grad.dtype) if x.device.type == "cpu" else flat_grad.dtype
-        weight = DECODE(codes, codebook, scale_in, scale_out, residual, ctx.out_features, dtype)
-        grad_x = _product(flat_grad.to(dtype), weight).to(x.dtype).view(x.shape)
-    if wants[2] or wants[3] or wants[4]:
-        grads = CODEBOOK_GRAD(flat_x, flat_grad, codes, codebook, scale_in, scale_out, residual)
-        grad_codebook = grads[0].to(codebook.dtype) if wants[2] else None
-        grad_in = grads[1].to(scale_in.dtype) if wants[3] else None
-        grad_out = grads[2].to(scale_out.dtype) if wants[4] else None
-    if wants[5]:
-        grad_residual = (flat_grad.t() @ flat_x).to(residual.dtype)
-        if scale_out is not None:
-            grad_residual = grad_residual * scale_out[:, None].to(residual.dtype)
-        if scale_in is not None:
-            grad_residual = grad_residual * scale_in.to(residual.dtype)
-    if wants[6]:
-        grad_bias = flat_grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, None, grad_codebook, grad_in, grad_out, grad_residual, grad_bias, None
+    saved, wants = ctx.saved_tensors, ctx.needs_input_grad
+    asked = (wants[0], wants[2] or wants[3] or wants[4], wants[5], wants[6])
+    grads = list(gradients(DECODE, CODEBOOK_GRAD, saved, grad_output, asked))
+    for place, of in ((1, 2), (2, 3), (3, 4)):  # codebook and scales
+        grads[place] = grads[place].to(saved[of].dtype) if wants[of] else None  # type: ignore[union-attr]
+    if grads[5] is not None:
+        grads[5] = grads[5].to(ctx.bias_dtype)
+    return grads[0], None, *grads[1:], None
 
 
 LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)
@@ -175,11 +137,10 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 DECODE.register_kernel("cpu")(cpu.decode)
-_linear_here = _owned(cpu.linear)
-LINEAR.register_kernel("cpu")(_linear_here)
+LINEAR.register_kernel("cpu")(owned(cpu.linear))
 CODEBOOK_GRAD.register_kernel("cpu")(cpu.codebook_grad)
 DECODE.register_kernel("cuda")(_on_cuda("decode"))
-LINEAR.register_kernel("cuda")(_owned(_on_cuda("linear")))
+LINEAR.register_kernel("cuda")(owned(_on_cuda("linear")))
 CODEBOOK_GRAD.register_kernel("cuda")(_on_cuda("codebook_grad"))
 
 
@@ -272,25 +233,41 @@ def linear(
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    op = _linear_here if _runs_here(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
-    return op(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
+    call = direct.linear if direct.applies(x, codes, codebook, scale_in, scale_out, residual, bias) else LINEAR
+    return call(x, codes, codebook, scale_in, scale_out, residual, bias, out_features)
 
 
-def _runs_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether nobody but the CPU backend need know of a call: no gradient, compiler, mode, subclass or transform of
-    `torch.func` that looks on.
+def adapted_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    numbers: Numbers,
+    *,
+    out_features: int,
+) -> torch.Tensor | None:
+    """[`linear`] with an adapter's trained numbers, in one step; None where the steps must be taken one by one.
 
-    The way through torch's dispatcher to an op written in Python takes as long as a small matrix and one token.
+    That is where a compiler, a mode, a subclass or a transform looks on, the base is trained itself, or the adapter's
+    codebooks are no multiple of the layer's.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if _get_current_dispatch_mode() is not None or maybe_current_level() is not None:
-        return False
-    graph = torch.is_grad_enabled()
-    for tensor in (x, *others):
-        if tensor is not None and (type(tensor) not in _PLAIN or (graph and tensor.requires_grad)):
-            return False
-    return True
+    if not direct.applies(x, codes, codebook, scale_in, scale_out, bias, *numbers):
+        return None
+    frozen = not (
+        codebook.requires_grad
+        or (scale_in is not None and scale_in.requires_grad)
+        or (scale_out is not None and scale_out.requires_grad)
+    )
+    blocks, left = divmod(len(numbers.codebook), codebook.shape[1])
+    if not frozen or left or blocks % len(codebook) or x.dtype == torch.float64 or codebook.dtype == torch.float64:
+        return None
+    check(x, codes, codebook, scale_in, scale_out, None, bias, out_features)
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return direct.adapted(x, codes, codebook, scale_in, scale_out, bias, numbers, out_features)
 
 
 def codebook_grad(

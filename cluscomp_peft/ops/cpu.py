@@ -18,7 +18,8 @@ Threads are those of torch (`torch.set_num_threads`), whose OpenMP pool also run
 the cores taken by threads of the first that spin. Results depend on the number of threads only in `codebook_grad`, and
 there only in the order of its sums.
 
-Without numba, for small matrices, fp64 and whatever else the kernels do not know, the reference does the work.
+Without numba, or with a broken one, for small matrices, fp64 and whatever else the kernels do not know, the reference
+does the work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .cpu_packed import FLOATS, Packed, compiled, packed_for, places
+from .cpu_packed import FLOATS, Packed, compiled, packed_for, places, with_kernels
 
 __all__ = ["MAX_FEW_TOKENS", "codebook_grad", "decode", "linear", "product_dtype"]
 
@@ -139,6 +140,7 @@ def _takes(codes: torch.Tensor, out_features: int, *dtypes: torch.dtype) -> bool
     return large and all(dtype in FLOATS for dtype in dtypes) and compiled() is not None
 
 
+@with_kernels
 def decode(
     codes: torch.Tensor,
     codebook: torch.Tensor,
@@ -176,6 +178,7 @@ def decode(
     return weight
 
 
+@with_kernels
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -232,6 +235,7 @@ def _linear_few(
     return y.to(x.dtype)
 
 
+@with_kernels
 def codebook_grad(
     x: torch.Tensor,
     grad_output: torch.Tensor,

@@ -18,9 +18,10 @@ import functools
 from collections import namedtuple
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from ..jit import callback
 from .cpu_loops import call_token_loop, table_loop, takes_bf16, token_loop
 from .cpu_simd import TOKENS, claim, gather, multiply, scatter, turn2, turn4
 
@@ -311,5 +312,4 @@ _KERNELS = {"decode": _decode, "few": _few, "fewest": _fewest, "scatter": _scatt
 @functools.cache
 def kernel_address(name: str) -> int:
     """Compiles a kernel (once for the disk) and returns its address."""
-    signature = types.void(types.int64)
-    return cfunc(signature, cache=True, error_model="numpy")(_KERNELS[name]).address
+    return callback(types.void(types.int64), _KERNELS[name], error_model="numpy")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import threading
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..codes import code_bits, num_groups
 
-__all__ = ["FLOATS", "Packed", "compiled", "packed_for", "places"]
+__all__ = ["FLOATS", "Packed", "compiled", "packed_for", "places", "with_kernels"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE = 16  # numbers that a vector instruction moves
@@ -19,14 +22,80 @@ _OVERREAD = 16  # bytes that a word of codes, and elements that a table, may be 
 _KEPT_SHAPES, _KEPT_BYTES = 16, 2 << 20  # of which a thread keeps tables, and the largest that it keeps
 
 
-@functools.cache
 def compiled() -> Any:
-    """The compiled functions, imported by those who use them; None without numba."""
+    """The compiled functions, made by those who use them; None without numba, and after one could not be made."""
+    return None if _failed else _kernels()
+
+
+@functools.cache
+def _kernels() -> Any:
     try:
+        if importlib.util.find_spec("numba") is None:
+            return None
         from . import cpu_kernels
-    except ImportError:
+    except MemoryError:
+        raise
+    except Exception as error:
+        _give_up(error)
         return None
-    return cpu_kernels
+    return _Kernels(cpu_kernels)
+
+
+class KernelsFailed(Exception):
+    """A function could not be compiled; from now on there are none."""
+
+
+class _Kernels:
+    """A module of functions that compile kernels. Whatever goes wrong there (a broken numba, a machine that LLVM does
+    not know), the reference can do the work."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if callable(value) and not isinstance(value, type):
+            value = self._guarded(value)
+        setattr(self, name, value)
+        return value
+
+    def _guarded(self, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except MemoryError:
+                raise
+            except Exception as error:
+                _give_up(error)
+                raise KernelsFailed from error
+
+        return call
+
+
+_failed: list[str] = []
+
+
+def _give_up(error: Exception) -> None:
+    if not _failed:
+        warnings.warn(
+            f"the CPU kernels cannot be compiled ({type(error).__name__}: {error}); plain torch does their work, "
+            "several times slower. Reinstall numba and llvmlite, or remove numba to be spared this message.",
+            stacklevel=2,
+        )
+    _failed.append(str(error))
+
+
+def with_kernels(function: Callable) -> Callable:
+    """Calls a function that uses [`compiled`] once more, without kernels, if making them fails."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except KernelsFailed:
+            return function(*args)
+
+    return call
 
 
 @functools.cache

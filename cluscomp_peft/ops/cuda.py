@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from . import reference, table, triton_kernels, triton_tuning
 from .triton_kernels import INTERPRETED, triton
 from .triton_tuning import OLDEST, Device
 
-__all__ = ["available", "codebook_grad", "decode", "linear"]
+__all__ = ["available", "codebook_grad", "decode", "effective", "effective_backward", "linear"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # offsets into the table are 32-bit
@@ -209,6 +209,29 @@ def codebook_grad(
         grad_in = sums_in.sum(0) if scale_in is not None else sums_in.view(0)
         grad_out = sums_out.sum(0) if scale_out is not None else sums_out.view(0)
     return grad_codebook, grad_in, grad_out
+
+
+def effective(codebook: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
+    """As `table.effective`, where its kernels run."""
+    if INTERPRETED or not available(codebook.device):
+        return None
+    with torch.cuda.device_of(codebook):
+        return table.effective(codebook, *others)  # type: ignore[arg-type]
+
+
+def effective_backward(
+    grads: Sequence[torch.Tensor],
+    codebook_dtype: torch.dtype,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    units: torch.Tensor,
+    trained: tuple[bool, bool],
+) -> bool:
+    """As `table.effective_backward`, where its kernels run."""
+    if INTERPRETED or not available(units.device):
+        return False
+    with torch.cuda.device_of(units):
+        return table.effective_backward(grads, codebook_dtype, scale_in, scale_out, units, trained)
 
 
 # Three tensor-core products of TF32 halves for a product of fp32 numbers: 21 bits of each instead of 24, and several

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ import torch
 from ..codes import code_bits, num_groups
 from . import nvrtc
 
-__all__ = ["MAX_TOKENS", "codebook_grad", "decode", "linear"]
+__all__ = ["MAX_TOKENS", "codebook_grad", "decode", "effective", "effective_backward", "linear"]
 
 MAX_TOKENS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -55,6 +55,11 @@ _DECODE = _arguments(
     "packed codebook scale_in scale_out weight",
     "in_features out_features groups width clusters blocks tiles units codebook_dtype scale_in_dtype scale_out_dtype",
 )
+_EFFECTIVE = _arguments(
+    "codebook scale_in scale_out numbers numbers_in numbers_out units result result_in result_out",
+    "size block finer inputs outputs",
+)
+_EFFECTIVE_BACKWARD = _arguments("grad grad_in grad_out scale_in scale_out units", "size inputs outputs")
 _SCATTER = _arguments(
     "gradient packed codebook scale_in scale_out partial sums_in sums_out",
     "first_row rows share pieces rows_of_block in_features out_features groups width clusters codebook_dtype "
@@ -342,6 +347,79 @@ def _plan_scatter(case: _Case) -> _ScatterPlan | None:
     return _ScatterPlan(scatter, tuple(strips), columns, threads, shared)
 
 
+def effective(
+    codebook: torch.Tensor,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    numbers: torch.Tensor,
+    numbers_in: torch.Tensor | None,
+    numbers_out: torch.Tensor | None,
+    units: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Codebook and scales with an adapter, as `direct.py` says, in one launch."""
+    if not _alike(torch.float32, numbers, numbers_in, numbers_out, units) or not _alike(
+        codebook.dtype, codebook, scale_in, scale_out
+    ):
+        return None
+    plan = _planned(_plan_effective, codebook.device.index, codebook.dtype)
+    if plan is None:
+        return None
+    present, clusters, group_size = codebook.shape
+    size, block = numbers.numel(), clusters * group_size
+    result = codebook.new_empty(size // block, clusters, group_size)
+    results = [scale if change is None else torch.empty_like(change, dtype=codebook.dtype)
+               for scale, change in ((scale_in, numbers_in), (scale_out, numbers_out))]  # fmt: skip
+    inputs, outputs = (0 if part is None else len(part) for part in (numbers_in, numbers_out))
+    plan[0](
+        (-(-(size + inputs + outputs) // 256), 1), 256, 0,
+        codebook.data_ptr(), _pointer(scale_in), _pointer(scale_out), numbers.data_ptr(), _pointer(numbers_in),
+        _pointer(numbers_out), units.data_ptr(), result.data_ptr(), _pointer(results[0]), _pointer(results[1]),
+        size, block, size // block // present, inputs, outputs,
+    )  # fmt: skip
+    return result, results[0], results[1]
+
+
+def effective_backward(
+    grads: Sequence[torch.Tensor],
+    codebook_dtype: torch.dtype,
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    units: torch.Tensor,
+    trained: tuple[bool, bool],
+) -> bool:
+    """Turns gradients of the sum into those of the numbers, in place; False if nothing was done.
+
+    `trained`: whether there are numbers for the scales of inputs, of outputs.
+    """
+    if not _alike(torch.float32, *grads, units) or not _alike(codebook_dtype, scale_in, scale_out):
+        return False
+    plan = _planned(_plan_effective, units.device.index, codebook_dtype)
+    if plan is None:
+        return False
+    size = grads[0].numel()
+    inputs, outputs = (len(grad) if wanted else 0 for grad, wanted in zip(grads[1:], trained, strict=True))
+    plan[1](
+        (-(-(size + inputs + outputs) // 256), 1), 256, 0,
+        *(grad.data_ptr() for grad in grads), _pointer(scale_in), _pointer(scale_out), units.data_ptr(),
+        size, inputs, outputs,
+    )  # fmt: skip
+    return True
+
+
+def _plan_effective(device: int, dtype: torch.dtype) -> tuple[nvrtc.Function, nvrtc.Function]:
+    macros = {"DTYPE": _DTYPES[dtype]}
+    return (
+        _function("effective", "effective", macros, _EFFECTIVE, device, 0),
+        _function("effective", "effective_backward", macros, _EFFECTIVE_BACKWARD, device, 0),
+    )
+
+
+def _alike(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether all are contiguous and of a dtype that the kernels read."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return dtype in _DTYPES and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in given)
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right in fp32, whatever their dtype."""
     with torch.autocast("cuda", enabled=False):
@@ -414,7 +492,8 @@ def _warn(reason: str) -> None:
 @functools.cache
 def _source(name: str) -> str:
     folder = Path(__file__).parent / "kernels"
-    return "\n".join((folder / file).read_text(encoding="utf-8") for file in ("table.cuh", f"{name}.cu"))
+    files = (f"{name}.cu",) if name == "effective" else ("table.cuh", f"{name}.cu")
+    return "\n".join((folder / file).read_text(encoding="utf-8") for file in files)
 
 
 def _function(

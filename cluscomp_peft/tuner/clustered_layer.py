@@ -1,4 +1,8 @@
-"""The tuner layer on codes: `y = base_layer(x, deltas of the active adapters)`, and merging writes the same sum."""
+"""The tuner layer on codes: `y = base_layer(x, deltas of the active adapters)`, and merging writes the same sum.
+
+The merged layer of codes gives the same bits. A model that was dense becomes dense again when it is unloaded, and then
+only with more than 16 tokens in a call: see `ClusteredLinear.to_dense`.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +96,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         self.settle(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
-        return self.base_layer(x, self.deltas(self.active_adapters))
+        return self.base_layer(x, self.running_deltas(self.active_adapters))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -86,7 +86,11 @@ def empty_layer(dense: nn.Module, spec: ClusterSpec, codebook_dtype: torch.dtype
         if key != "bias"
     }
     return ClusteredLinear.from_parts(
-        **parts, bias=dense.bias, out_features=out_features, conv1d=isinstance(dense, Conv1D)
+        **parts,
+        bias=dense.bias,
+        out_features=out_features,
+        conv1d=isinstance(dense, Conv1D),
+        dtype=dense.weight.dtype,
     )
 
 

@@ -39,6 +39,8 @@ class ClusCompConfig(PeftConfig):
         layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not a usual one.
         modules_to_save (`list[str]`, *optional*): Other modules to train and save whole.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Tokens to train the embeddings
+            of, in the input embedding or in the layers named; as in other PEFT methods.
         bias (`str`): "none", "all" or "cluscomp_only".
         rank (`int`): The knob for capacity: each matrix gets as many delta codebooks, each for a block of consecutive
             input channels, as hold no more numbers than LoRA of this rank, `rank · (in + out)`, scales counted; at
@@ -109,9 +111,11 @@ class ClusCompConfig(PeftConfig):
         default=None, metadata={"help": "Written on saving: digest of codebooks and scales."}
     )
     carries_codes: bool = field(default=False, metadata={"help": "Written on saving: the file holds codes."})
-    # PEFT and TRL read these two of every config.
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too, or the same by embedding layer."}
+    )
+    # PEFT reads this of every config.
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
-    trainable_token_indices: list[int] | None = field(default=None, metadata={"help": "Not supported."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +123,23 @@ class ClusCompConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        self.check()
+        # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
+        # Layers are then built empty, without K-means.
+        self._expects_weights = self.fingerprint is not None
+        # Where it was read from: folder or repository, subfolder, and how to download from there.
+        self._source: tuple[str, str, dict[str, Any]] | None = None
+        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
+        self._caps_blocks = self._expects_weights
+        self._trained_blocks = 1
+        self._facts: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Holds the settings against what they may be; again before use and saving, because trainers change them.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
         if self.base not in BASES:
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {self.base!r}.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
@@ -129,10 +150,17 @@ class ClusCompConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which says which of those layers to adapt.")
-        if self.target_parameters or self.trainable_token_indices:
+        if self.target_parameters:
             raise ValueError(
-                "ClusComp adapts linear layers only, not target_parameters or trainable_token_indices; train an "
-                "embedding whole through modules_to_save."
+                f"ClusComp adapts linear layers only, not target_parameters={self.target_parameters!r}; train other "
+                "modules whole through modules_to_save."
+            )
+        tokens = self.trainable_token_indices
+        by_layer = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}
+        if not all(type(name) is str and _are_token_indices(indices) for name, indices in by_layer.items()):
+            raise ValueError(
+                "trainable_token_indices must be a list of token numbers of at least 0, or one for each of several "
+                f"embedding layers by name, got {tokens!r}."
             )
         for name in ("rank", "num_blocks"):
             value = getattr(self, name)
@@ -146,15 +174,6 @@ class ClusCompConfig(PeftConfig):
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
         check_settings(self.target_bits, self.group_size, self.num_clusters, dtype, self.quality)
-        # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
-        # Layers are then built empty, without K-means.
-        self._expects_weights = self.fingerprint is not None
-        # Where it was read from: folder or repository, subfolder, and how to download from there.
-        self._source: tuple[str, str, dict[str, Any]] | None = None
-        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
-        self._caps_blocks = self._expects_weights
-        self._trained_blocks = 1
-        self._facts: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -239,3 +258,7 @@ class ClusCompConfig(PeftConfig):
     def expects_weights(self) -> bool:
         """Whether saved weights are about to be loaded into the layers made from this config."""
         return self._expects_weights
+
+
+def _are_token_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)

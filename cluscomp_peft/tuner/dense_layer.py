@@ -3,8 +3,9 @@
     y = x W'ᵀ + bias,    W' = s_out · (W + ΔC[codes]) · s_in,    s = 1 + Σδ
 
 The effective weight is made inside the op, forward and backward, and never kept. Merging stores it, rounded once to
-the dtype of W, so the merged layer computes what the unmerged one did in that dtype. (Under an autocast to another
-16-bit dtype the merged weight is rounded twice, the unmerged one once.)
+the dtype of W, so the merged layer computes what the unmerged one did in that dtype, to the last bit. Up to rounding
+only: a Conv1D, whose own product has another layout than that of the op; and under an autocast to another 16-bit
+dtype, where the merged weight is rounded twice, the unmerged one once.
 """
 
 from __future__ import annotations

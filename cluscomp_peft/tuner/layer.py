@@ -19,8 +19,8 @@ PEFT's loading hook, or the first `train()`, brings it to units that suit an opt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -29,8 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from .. import ops
 from ..codes import ClusterSpec, num_groups
-from ..linear import Delta, refine
+from ..lazy_weight import LazyWeight
+from ..linear import Delta, in_absolute_units, refine
 from ..offloading import offload_hook, stored
+from ..ops import Numbers
 from ..placement import is_whole
 from .config import ClusCompConfig
 from .merging import MergingLayer
@@ -56,13 +58,16 @@ class DeltaWeights(nn.Module):
         self.register_parameter("scale_in", zeros(in_features) if spec.scale_in else None)
         self.register_parameter("scale_out", zeros(out_features) if spec.scale_out else None)
 
-    def forward(self, unit: torch.Tensor, scale_unit: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, units: torch.Tensor) -> Delta:
         """Codebook [m, n, g] and scales in absolute units, fp32.
 
         A call like that of any module: offloading and ZeRO-3 fetch parameters by hooks on it.
         """
-        scales = [None if part is None else part.float() * scale_unit for part in (self.scale_in, self.scale_out)]
-        return self.codebook.float().view(self._shape) * unit, *scales
+        return in_absolute_units(self.numbers(units), self._shape[1])
+
+    def numbers(self, units: torch.Tensor) -> Numbers:
+        """The numbers as they are, which only what no hook brings and takes away may be asked for."""
+        return Numbers(self.codebook, self.scale_in, self.scale_out, units)
 
 
 class DeltaUnits(nn.Module):
@@ -78,8 +83,8 @@ class DeltaUnits(nn.Module):
         super().__init__()
         self.values = _frozen(torch.ones(2, dtype=torch.float32, device=device))
 
-    def forward(self) -> tuple[torch.Tensor, ...]:
-        return self.values.unbind()
+    def forward(self) -> torch.Tensor:
+        return self.values
 
 
 class ClusCompLayer(MergingLayer):
@@ -93,6 +98,8 @@ class ClusCompLayer(MergingLayer):
     dense_born: bool = True
     # Whether ZeRO-3 had partitioned the dense weight when the layer was made.
     was_partitioned: bool = False
+    # Where the layer stands in the model, for errors.
+    layer_name: str = ""
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, device: torch.device) -> None:
         self.base_layer = base_layer
@@ -220,8 +227,17 @@ class ClusCompLayer(MergingLayer):
         for name in adapter_names:
             if name not in self.cluscomp_delta:
                 continue
-            found.append(Delta(*self.cluscomp_delta[name](*self.cluscomp_units[name]())))
+            found.append(self.cluscomp_delta[name](self.cluscomp_units[name]()))
         return found
+
+    def running_deltas(self, adapter_names: list[str]) -> Sequence[Delta | Numbers]:
+        """[`deltas`] for a forward pass: a single adapter's are left in units where its numbers stay in place."""
+        names = [name for name in adapter_names if name in self.cluscomp_delta]
+        if len(names) == 1:
+            delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
+            if not any(part._forward_pre_hooks or part._forward_hooks for part in (delta, units)):
+                return [delta.numbers(units.values)]
+        return self.deltas(names)
 
     def set_deltas(self, adapter_name: str, total: Delta) -> None:
         """Overwrites an adapter's numbers with `total`, given in absolute units."""
@@ -368,6 +384,22 @@ class ClusCompLayer(MergingLayer):
             )
 
     # -- forward
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For model code that asks for a weight's dtype or device. Adapters are no part of it: while they are active,
+        whoever computes with it instead of calling the layer is refused."""
+        if torch.compiler.is_compiling() or self._runs_as_base():
+            return self.base_layer.weight
+        base = self.base_layer.weight
+        return LazyWeight(tuple(base.shape), base.dtype, base.device, self._refuse_weight)
+
+    def _refuse_weight(self) -> NoReturn:
+        raise RuntimeError(
+            f"the model computes with the weight of {self.layer_name or 'a layer'} ({self.out_features} x "
+            f"{self.in_features}) instead of calling the layer, so an adapter there has no effect and gets no "
+            "gradient. Leave the layer out with exclude_modules, or merge the adapter first."
+        )
 
     def _runs_as_base(self) -> bool:
         """Whether the base layer alone gives the output now."""

@@ -88,6 +88,7 @@ class ClusCompModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
+        peft_config.check()
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             peft_config.target_modules = self._default_targets(peft_config)
@@ -174,7 +175,9 @@ class ClusCompModel(BaseTuner):
         saved: ClusterSpec | None,
     ) -> ClusCompLayer:
         if isinstance(target, ClusteredLinear):
-            return ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
+            clustered = ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
+            clustered.layer_name = name
+            return clustered
         weight, made = target.weight, self._made.pop(name, None)
         spec = saved or spec_of(name, target, config)
         layer: ClusCompLayer
@@ -184,13 +187,13 @@ class ClusCompModel(BaseTuner):
             # Codes may come with the file. Built apart from init_empty_weights' patched registration.
             made = made or empty_layer(target, spec, codebook_dtype(target, config))
             layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
-        layer.was_partitioned = is_partitioned(weight)
+        layer.was_partitioned, layer.layer_name = is_partitioned(weight), name
         if not config.expects_weights:
             layer.note_base(adapter_name)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would read child.weight, which a clustered layer decodes at every access.
+        # PEFT's own would read child.weight.
         if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be taken back
             self._replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
@@ -297,6 +300,12 @@ class ClusCompModel(BaseTuner):
             if isinstance(layer, ClusCompLayer) and any(adapter in layer.cluscomp_delta for adapter in adapters)
         }
         configs = [self.peft_config[name] for name in adapters]
+        whole = [name for name in adapters if _trains_whole(self.peft_config[name])]
+        if whole:
+            raise ValueError(
+                f"adapter {whole[0]!r} trains modules or tokens whole (modules_to_save, trainable_token_indices), of "
+                "which there is no sum; merge the adapters one after another instead."
+            )
         config = copy.copy(configs[0])
         config.settle()
         config.target_modules, config.init_weights = set(layers), True
@@ -351,3 +360,7 @@ class ClusCompModel(BaseTuner):
 def _present_name(key: str) -> str:
     """The key of a file as it is called now; transformers' loader knows ours by the prefix, which digests had not."""
     return key.removesuffix("code_digest") + "cluscomp_code_digest" if key.endswith(".code_digest") else key
+
+
+def _trains_whole(config: ClusCompConfig) -> bool:
+    return bool(config.modules_to_save or config.trainable_token_indices)

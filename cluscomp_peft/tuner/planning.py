@@ -51,6 +51,11 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                 f"{name} is offloaded, so that it cannot be trained whole; keep it in memory in device_map, or leave "
                 f"it out of modules_to_save={config.modules_to_save} and bias={config.bias!r}."
             )
+        if away and config.trainable_token_indices and isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"{name} is offloaded, so that tokens of it cannot be trained; keep it in memory in device_map, or "
+                f"leave out trainable_token_indices={config.trainable_token_indices!r}."
+            )
     for name, module in layers.items():
         if isinstance(module, ClusCompLayer):
             if isinstance(module, ClusCompDenseLinear) != (config.base == "dense"):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..codes import ClusterSpec, combine_fingerprints
@@ -48,7 +49,11 @@ def describe_and_complete(
 
     Returns:
         `tensors`, deltas absolute, with codes and codebooks where the base was dense.
+
+    Raises:
+        ValueError: If the config has been changed to one that does not describe the adapter.
     """
+    _check_settings(model, config, adapter_name)
     specs: dict[str, ClusterSpec] = {}
     fingerprints, codebooks = [], []
     carries_codes = False
@@ -230,3 +235,24 @@ def _check_tensors(prefix: str, delta: nn.Module, tensors: Mapping[str, torch.Te
                 f"{'absent' if key not in shapes else list(shapes[key])} in the adapter: it belongs to another one, "
                 "made with other settings, or is damaged. Copy or download it again."
             )
+
+
+def _check_settings(model: nn.Module, config: ClusCompConfig, adapter_name: str) -> None:
+    """Raises a ValueError if a config is no longer the one that an adapter was made from, and would not load it."""
+    config.check()
+    for name, layer in _layers(model, adapter_name):
+        spec, delta = layer.base_spec(), layer.cluscomp_delta[adapter_name]
+        rows = config.blocks_of(spec, layer.in_features, layer.out_features) * spec.num_clusters
+        scales = (delta.scale_in is not None, delta.scale_out is not None)
+        if shape_of(delta.codebook)[0] != rows or config.scales_of(spec) != scales:
+            raise ValueError(
+                f"the config of adapter {adapter_name!r} was changed after the adapter was made: rank={config.rank}, "
+                f"num_blocks={config.num_blocks}, train_scales={config.train_scales} are not those of {name}. Set "
+                "them back before saving."
+            )
+    wrapped = any(isinstance(module, TrainableTokensWrapper) for module in model.modules())
+    if config.trainable_token_indices and not wrapped:
+        raise ValueError(
+            f"trainable_token_indices={config.trainable_token_indices!r} were set after adapter {adapter_name!r} was "
+            "made, so no token was trained. Set them before get_peft_model, or to None before saving."
+        )

@@ -24,7 +24,7 @@ from cluscomp_peft import ClusCompQuantizationConfig
 
 from ..conftest import BORN, tiny_llama
 
-LENGTHS = (1, 5, 40)  # one token, several in the kernel of few, and so many that the weight is decoded
+LENGTHS = (1, 5, 40, 100)  # one token, several in the kernels of few, and so many that the weight is decoded
 BOTH = [
     pytest.param("cpu", id="cpu"),
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
@@ -55,6 +55,7 @@ class Models:
 def models(device, tmp_path_factory) -> Models:
     folder = tmp_path_factory.mktemp(device)
     wide = dict(hidden_size=136, intermediate_size=300, num_attention_heads=4, num_key_value_heads=2)
+    wide["max_position_embeddings"] = 256
     tiny_llama(**wide).save_pretrained(folder / "dense")
     config = ClusCompQuantizationConfig(**BORN)
     AutoModelForCausalLM.from_pretrained(

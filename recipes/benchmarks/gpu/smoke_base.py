@@ -18,7 +18,7 @@ METHOD = "cluscomp-4"
 LARGE = Shape(hidden=2048, intermediate=5632, layers=6, heads=16, kv_heads=4, vocab=32000)
 SMALL = Shape(hidden=512, intermediate=1024, layers=1, heads=4, kv_heads=2, vocab=256)
 TINY = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocab=128)
-LENGTHS = (1, 5, 40)  # the kernel of few tokens, the same with more than one, and decoding
+LENGTHS = (1, 5, 40, 100)  # one token, several in the kernels of few, and so many that the weight is decoded
 
 
 def check(condition: bool, what: str) -> None:

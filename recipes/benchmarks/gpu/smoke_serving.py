@@ -21,7 +21,7 @@ def capture_a_layer(steps: Steps) -> dict:
     plain = wrapped.base_layer
     wrong = []
     for name, layer in (("plain", plain), ("with an adapter", wrapped)):
-        for tokens in (1, 16, 64):
+        for tokens in (1, 16, 64, 100):
             x = torch.randn(1, tokens, steps.shape.intermediate, device=steps.device).bfloat16()
             with torch.no_grad():
                 graph, y = capture(lambda layer=layer, x=x: layer(x))

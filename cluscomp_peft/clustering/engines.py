@@ -1,0 +1,33 @@
+"""Which compiled engines work here: those whose package is installed and that have not failed in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+__all__ = ["COMPILED", "can_compile", "give_up", "installed"]
+
+COMPILED = {"cpu": "numba", "cuda": "triton"}  # and what compiles them
+_broken: set[str] = set()
+
+
+def installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # something without a spec takes its place
+        return False
+
+
+def can_compile(engine: str) -> bool:
+    return engine not in _broken and installed(COMPILED[engine])
+
+
+def give_up(engine: str, error: Exception) -> None:
+    """An engine that failed is not chosen again, and that is said once."""
+    if engine not in _broken:
+        warnings.warn(
+            f"K-means cannot use its compiled engine {engine!r} ({type(error).__name__}: {error}); plain torch does "
+            f"its work, many times slower. Reinstall {COMPILED[engine]}, or choose engine='torch' to be spared this.",
+            stacklevel=3,
+        )
+    _broken.add(engine)
