@@ -23,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
     except (ValueError, OSError) as error:
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
-        print(f"cluscomp {options.command}:", *(str(error), *notes), file=sys.stderr)
+        print(f"cluscomp {options.command}:", *map(_printable, (str(error), *notes)), file=sys.stderr)
+        return 1
+    except RecursionError:
+        print(f"cluscomp {options.command}: a JSON file is nested too deeply to be read", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"cluscomp {options.command}: interrupted; the same command goes on from there.", file=sys.stderr)
@@ -171,7 +174,7 @@ def _compress(options: argparse.Namespace) -> None:
     if summary["losses"]:
         dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
         print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
-    print(summary["coverage"])
+    print(_printable(summary["coverage"]))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -197,6 +200,7 @@ def _inspect(options: argparse.Namespace) -> None:
             _number(totals["relative_error"]),
         )
     )
+    rows = [(_printable(name), shape, spec, bits, error) for name, shape, spec, bits, error in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for number, row in enumerate(rows):
         if number in (1, len(rows) - 1):
@@ -208,7 +212,7 @@ def _inspect(options: argparse.Namespace) -> None:
         f"weight files {totals['total_bytes'] / 1e6:.2f} MB, of which {totals['dense_bytes'] / 1e6:.2f} MB are "
         "embeddings, norms and other tensors left dense"
     )
-    print(totals["coverage"])
+    print(_printable(totals["coverage"]))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -260,6 +264,11 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16MB, 1.5GiB or 1000000")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+
+
+def _printable(text: str) -> str:
+    """Names out of files, as a terminal may get them: one could hold what moves its cursor."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def _number(value: float | None) -> str:

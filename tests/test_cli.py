@@ -513,7 +513,17 @@ def test_cut_off_weights_are_named_by_every_command(tmp_path, dense_dir, made, t
     )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"summary": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"summary": {}}',
+        '{"summary": 3, "matrices": {}}',
+        '{"summary": {}, "matrices": {"x": 3}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_report_is_named(tmp_path, made, failing, content):
     copy = shutil.copytree(made, tmp_path / "copy")
     (copy / "cluscomp_report.json").write_text(content)
@@ -524,3 +534,60 @@ def test_a_folder_that_is_not_there(tmp_path, text, failing):
     path = str(tmp_path / "absent")
     for arguments in (("inspect", path), ("evaluate", path, "--data", text), ("compress", path, str(tmp_path / "o"))):
         assert f"{path} is no folder" in failing(*arguments)
+
+
+def test_a_report_without_a_field_is_one_that_does_not_know(tmp_path, made, capsys):
+    copy = shutil.copytree(made, tmp_path / "copy")
+    path = copy / "cluscomp_report.json"
+    report = json.loads(path.read_text())
+    first = next(iter(report["matrices"]))
+    report["matrices"][first] = {"relative_error": "much"}
+    report["summary"] = {}
+    path.write_text(json.dumps(report))
+    output = output_of(capsys, "inspect", str(copy))
+    assert output["totals"]["relative_error"] is None
+    assert {entry["name"]: entry["relative_error"] for entry in output["matrices"]}[first] is None
+    assert main(["inspect", str(copy), "--html", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": 3}, "layout must be an object"),
+        ({"layout": ["model"]}, "layout must be an object"),
+        ({"layout": {"model.layers.*.mlp.up_proj": 3}}, "layout must be an object"),
+        ({"exclude_modules": "up_proj"}, "exclude_modules must be a list of names"),
+        ({"target_modules": [3]}, "target_modules must be a list of names"),
+        ({"version": "\x1b[2J9"}, r"version '\\x1b\[2J9' of the ClusComp format"),
+        ({"version": {"a": "\ud800"}}, r"version .*ud800.* of the ClusComp format"),
+    ],
+)
+def test_a_config_of_other_types_is_refused_in_plain_letters(change, message, tmp_path, made, failing):
+    copy = shutil.copytree(made, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (copy / "config.json").write_text(json.dumps(config))
+    line = failing("inspect", str(copy))
+    assert re.search(message, line) and line.isprintable()
+
+
+def test_names_in_a_file_do_not_move_the_cursor(tmp_path, dense_dir, failing):
+    line = failing("compress", dense_dir, str(tmp_path / "out\x1b[2J"), "--bits", "0.1")
+    assert line.isprintable()
+    line = failing("inspect", str(tmp_path / "gone\x1b[2J"))
+    assert r"gone\x1b[2J is no folder" in line
+
+
+def test_json_that_is_nested_too_deeply(tmp_path, dense_dir, failing):
+    copy = shutil.copytree(dense_dir, tmp_path / "copy")
+    (copy / "config.json").write_text('{"model_type": ' + "[" * 100_000)
+    assert "Traceback" not in failing("compress", str(copy), str(tmp_path / "out"))
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_shards_is_not_waited_for(tmp_path, dense_dir, made, failing):
+    for source, command in ((dense_dir, "compress"), (made, "inspect")):
+        copy = shutil.copytree(source, tmp_path / command)
+        os.mkfifo(copy / "model-2.safetensors")
+        arguments = [str(tmp_path / "out")] if command == "compress" else []
+        assert "model-2.safetensors is no file" in failing(command, str(copy), *arguments)

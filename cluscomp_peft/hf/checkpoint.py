@@ -77,7 +77,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     headers = {rename(key): header for key, header in headers.items()}
     layers = dict(model.named_modules())
     report = read_report(folder)
-    errors = {name: entry["relative_error"] for name, entry in report["matrices"].items()}
+    errors = {name: _error(entry) for name, entry in report["matrices"].items()}
     itemsize = quantization.dtype.itemsize
     matrices = []
     clustered_bytes = weights = 0
@@ -102,7 +102,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         "clustered_bytes": clustered_bytes,
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
-        "relative_error": report["summary"].get("relative_error"),
+        "relative_error": _error(report["summary"]),
         "coverage": coverage_of(model, quantization, [matrix.name for matrix in matrices]),
     }
     return matrices, totals
@@ -183,12 +183,18 @@ def read_report(folder: str) -> dict[str, dict[str, Any]]:
             report = json.load(file)
         return {
             "summary": dict(report["summary"]),
-            "matrices": dict(report["matrices"]),
-            "blocks": dict(report.get("blocks") or {}),
+            "matrices": {name: dict(entry) for name, entry in dict(report["matrices"]).items()},
+            "blocks": {name: dict(entry) for name, entry in dict(report.get("blocks") or {}).items()},
             "losses": dict(report.get("losses") or {}),
         }
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); remove it, it only holds notes.") from error
+
+
+def _error(entry: Mapping[str, Any]) -> float | None:
+    """The relative error that a report notes, if it is a number."""
+    value = entry.get("relative_error")
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _weight_files(folder: str) -> list[str]:
@@ -204,6 +210,8 @@ def _headers(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype, as safetensors writes it, of every tensor of the files."""
     found = {}
     for path in files:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is no file (a pipe, say, would be waited for); remove it.")
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():

@@ -40,7 +40,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
         fingerprint (`str`, *optional*): Digest of all codes. Filled in by the quantizer, checked when loading.
 
     Raises:
-        ValueError: If a value is out of range, or the version is newer than this package.
+        ValueError: If a value is out of range or of another type, or the version is newer than this package.
     """
 
     bits: float | None = None
@@ -60,9 +60,21 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if self.version != FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint has version {self.version} of the ClusComp format, but this cluscomp_peft reads "
-                f"version {FORMAT_VERSION}; upgrade cluscomp_peft, or compress the model again."
+                f"this checkpoint has version {repr(self.version)[:40]} of the ClusComp format, but this "
+                f"cluscomp_peft reads version {FORMAT_VERSION}; upgrade cluscomp_peft, or compress the model again."
             )
+        tables = isinstance(self.layout, dict) and all(isinstance(entry, dict) for entry in self.layout.values())
+        if not tables:
+            raise ValueError(
+                f"layout must be an object that says for each name how it is stored, got {str(self.layout)[:60]!r}; "
+                "config.json is damaged, download or compress the model again."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+            ):
+                raise ValueError(f"{name} must be a list of names, got {str(value)[:60]!r}.")
         if self.bits is None and self.group_size is None and self.num_clusters is None:
             self.bits = 4.0
         check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.quality)
