@@ -136,7 +136,8 @@ class ClusCompLayer(BaseTunerLayer):
         blocks = config.blocks_of(spec, self.in_features, self.out_features)
         spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
-        self._delta_scales[adapter_name] = config.unit_scale
+        numbers = delta.codebook.numel()
+        self._delta_scales[adapter_name] = config.unit_scale(self.in_features, self.out_features, numbers)
         rms = self.set_units(adapter_name)
         if config.expects_weights:
             for parameter in delta.parameters():
