@@ -16,7 +16,7 @@ the codebook all weights of a matrix change by η·u of their size, and what tha
 
 The same for all matrices of a model: larger where a layer's output moves less, by fan-in and shared weights or by the
 activations of the first batch, was no better at rank 8 and worse at rank 64 (TinyStories-656K). Sweeps of the rate
-(`recipes/benchmarks/learning_rates.py`) put the best one at about half to twice 2e-4 for models of 2, 5 and 30 blocks,
+(`recipes/benchmarks/learning_rates.py`) put the best one at 0.9e-4 to 4e-4 for models of 2, 5 and 30 blocks,
 widths of 128 to 576, ranks 8 to 64 and batches of 1 to 16 rows; a model of 8 billion parameters has 32 blocks.
 """
 
