@@ -63,6 +63,7 @@ def _rows(
     if SPAN > 2:
         word |= tl.load(byte + 2, mask=inside & (first + 2 < width)[None, :], other=0).to(tl.int32) << 16
     row = (word >> (bit & 7)[None, :]) & (2**BITS - 1)
+    row = tl.minimum(row, clusters - 1)  # a code that names no centroid reads as the last one
     if BLOCKS > 1:
         block = (i.to(tl.int64) * BLOCKS) // in_features
         row += block.to(tl.int32)[:, None] * clusters

@@ -51,7 +51,7 @@ class ClusCompConfig(PeftConfig):
             None: always, but with `num_blocks` only where the base stores them already.
         delta_scale (`float`, *optional*): Units of the trained numbers: one unit moves a centroid by about this many
             RMS of its codebook, so that an Adam step at a learning rate of 2e-4 moves it by 0.0002 · delta_scale RMS.
-            None: fewer, the more blocks are trained, which makes the rates that people use for LoRA right
+            None: fewer, the more blocks and numbers are trained, which makes the rates that people use for LoRA right
             (`tuner/units.py`). It was 256 for all models in versions before.
         init_weights (`bool`): False starts from random deltas instead of zero ones; for tests.
         bits (`float`, *optional*): Dense model: true bits per weight that no matrix exceeds; default 4.
@@ -212,10 +212,13 @@ class ClusCompConfig(PeftConfig):
         """Takes down how many blocks the layers of these names are, all that the adapter trains; see `units.py`."""
         self._trained_blocks = count_blocks(names)
 
-    @property
-    def unit_scale(self) -> float:
-        """RMS of the codebook for one unit: `delta_scale`, or what fits the model."""
-        return default_delta_scale(self._trained_blocks) if self.delta_scale is None else self.delta_scale
+    def unit_scale(self, in_features: int, out_features: int, numbers: int) -> float:
+        """RMS of the codebook for one unit: `delta_scale`, or what fits the model and a matrix [out, in] whose delta
+        codebooks have so many numbers.
+        """
+        if self.delta_scale is not None:
+            return self.delta_scale
+        return default_delta_scale(self._trained_blocks, in_features, out_features, numbers)
 
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
         """How many delta codebooks a matrix [out, in] stored as `spec` gets.

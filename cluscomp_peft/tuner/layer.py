@@ -164,7 +164,8 @@ class ClusCompLayer(MergingLayer):
         blocks = config.blocks_of(spec, self.in_features, self.out_features)
         spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
-        self._delta_scales[adapter_name] = config.unit_scale
+        numbers = delta.codebook.numel()
+        self._delta_scales[adapter_name] = config.unit_scale(self.in_features, self.out_features, numbers)
         self.cluscomp_units[adapter_name] = DeltaUnits(self._home)
         self._units_seen[adapter_name] = (1.0, 1.0)
         if config.expects_weights:

@@ -13,7 +13,8 @@ MODEL is compressed with the defaults of `cluscomp compress --calibration PRETRA
 Every run sees the same windows of tokens in the same order for a seed: AdamW without weight decay, cosine after 5 % of
 warm-up, gradients clipped at 1, fp32, loss on all tokens. The rate is chosen on the first seed: from half, one and
 two times a first guess on, each method goes up or down by factors of two until its best rate lies between two others.
-The other seeds run at that rate, and the table has means over the seeds and the standard deviation.
+The other seeds run at that rate, and the table has means over the seeds and the standard deviation. ClusComp's rates
+are those of `delta_scale=256`, for models of all sizes.
 
     share       gain of the method / gain of `full linears`, gain = dense loss before − loss after
     forgetting  loss on the pre-training text's last 50 documents (of fewer, the last tenth) after finetuning,
@@ -286,7 +287,9 @@ def prepared(method: str, dense: Any, options: argparse.Namespace) -> tuple[Any,
         model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
         rank = int(rest[1].removeprefix("r"))
         bits = true_bits(model)
-        return get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=rank)), bits
+        # The unit that the rates in results/ are in, so that runs of all versions go on from each other.
+        config = cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", rank=rank, delta_scale=256.0)
+        return get_peft_model(model, config), bits
     bits = 32.0
     if rest:
         model = AutoModelForCausalLM.from_pretrained(os.path.join(options.bases, rest[0]), dtype=torch.float32)
