@@ -107,19 +107,24 @@ def test_kernels_fit_and_spill_nothing(
 
 
 def test_strips_cover_every_channel_once(compiled, monkeypatch):
+    """By the formulas of scatter.cu; blocks that differ by a channel and pieces without rows among them."""
     pretend(monkeypatch, (9, 0))
-    for inputs, blocks in [(4096, 1), (520, 1), (28672, 1), (4096, 16), (11008, 64), (14336, 2)]:
+    for inputs, blocks in [(4096, 1), (520, 1), (28672, 1), (4096, 16), (4096, 3), (11008, 64), (14336, 5), (77, 9)]:
         case = plans.Case(0, torch.bfloat16, inputs, 14336, blocks, 256, 4, torch.float16, (False, False), True)
-        plan = plans.plan_scatter(case)
-        assert [strip.row for strip in plan.strips] == [
-            sum(strip.rows for strip in plan.strips[:k]) for k in range(len(plan.strips))
-        ]
-        assert sum(strip.rows for strip in plan.strips) == inputs
-        for strip in plan.strips:
-            assert strip.pieces * strip.share >= strip.rows // strip.blocks
-            assert strip.row * blocks // inputs == strip.block
-        last = [strip for strip in plan.strips if strip.last]
-        assert sum(strip.blocks for strip in last) == blocks
+        owner = [channel * blocks // inputs for channel in range(inputs)]
+        seen, sums = [], {}
+        for strip in plans.plan_scatter(case).strips:
+            for line in range(strip.blocks * strip.pieces):
+                block = strip.block + line // strip.pieces
+                start = max(-(-block * inputs // blocks), strip.row) + line % strip.pieces * strip.share
+                stop = min(start + strip.share, -(-(block + 1) * inputs // blocks), strip.row + strip.rows)
+                seen += range(start, stop)
+                assert {owner[channel] for channel in range(start, stop)} <= {block}
+                assert 0 <= block < blocks  # whose codebook is read, rows or not
+            sums[strip.block] = sums.get(strip.block, 0) + strip.last
+            assert strip.add == (strip.row * blocks % inputs >= blocks and strip.blocks == 1)
+        assert sorted(seen) == list(range(inputs))
+        assert set(sums.values()) == {1}
 
 
 def test_the_sums_of_adapters_compile(compiled, monkeypatch):

@@ -61,7 +61,7 @@ _LINEAR = arguments(
 _FINISH = arguments("sums scale_out bias y", "tokens out_features blocks tiles units parts scale_dtype bias_dtype")
 _SCATTER = arguments(
     "gradient packed codebook scale_in scale_out partial sums_in sums_out",
-    "first_row rows share pieces rows_of_block in_features out_features groups width clusters codebook_dtype "
+    "first_row rows share pieces first_block in_features out_features groups width clusters codebook_dtype "
     "scale_in_dtype scale_out_dtype blocks add",
 )
 
@@ -130,12 +130,15 @@ def plan_linear(case: Case, tokens: int) -> LinearPlan | None:
     stage = 4 * WARPS * (16 * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * 12 + 16 * scaled)
     sums = 4 * WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4)
     room = _shared_memory(case.device) - sums - 16
-    copies = _copies(words, case, room - _STAGES * stage)
-    if copies == 0:
+    for stages in range(_STAGES, 1, -1):  # a large table leaves room for fewer
+        copies = _copies(words, case, room - stages * stage)
+        if copies:
+            break
+    else:
         return None
-    shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + _STAGES * stage + sums
+    shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + stages * stage + sums
     macros |= {
-        "COPIES": copies, "NT": wide, "WK": WARPS, "STAGES": _STAGES, "SCALED": int(scaled), "ONE": int(tokens == 1)
+        "COPIES": copies, "NT": wide, "WK": WARPS, "STAGES": stages, "SCALED": int(scaled), "ONE": int(tokens == 1)
     }  # fmt: skip
     multiply = function("linear", "table_linear", macros, _LINEAR, case.device, _shared_memory(case.device))
     finish = function("linear", "finish", macros, _FINISH, case.device, 0)
@@ -173,7 +176,7 @@ class ScatterPlan(NamedTuple):
 
 
 def plan_scatter(case: Case) -> ScatterPlan | None:
-    if case.in_features % case.blocks or case.group_size > 16:
+    if case.group_size > 16:
         return None
     scaled = any(case.scales)
     entry = 4 * case.group_size
@@ -183,30 +186,26 @@ def plan_scatter(case: Case) -> ScatterPlan | None:
         return None
     threads = 1024 if case.groups > 768 else 512 if case.groups > 256 else 256
     columns = -(-case.groups // threads)
-    most = max(1, _STRIP_BYTES // (4 * case.out_features))
-    together = min(case.blocks, most // case.channels)
-    ranges: list[tuple[int, int, int, int]] = []  # row, rows, block, blocks
-    if together > 0:
-        for block in range(0, case.blocks, together):
-            count = min(together, case.blocks - block)
-            ranges.append((block * case.channels, count * case.channels, block, count))
-    else:
-        size = -(-case.channels // -(-case.channels // most))
-        size = -(-size // 64) * 64
-        for block in range(case.blocks):
-            for row in range(0, case.channels, size):
-                ranges.append((block * case.channels + row, min(size, case.channels - row), block, 1))
     macros = case.table(torch.float32, 1, 1) | {"ALIGNED": 0, "THREADS": threads, "SCALED": int(scaled)}
     scatter = function("scatter", "scatter", macros, _SCATTER, case.device, _shared_memory(case.device))
     room = _processors(case.device) * min(2048 // threads, scatter.occupancy(threads, shared))
+    most = max(1, _STRIP_BYTES // (4 * case.out_features))
+    starts = [-(-block * case.in_features // case.blocks) for block in range(case.blocks + 1)]
+    together = max(1, min(case.blocks, most // case.channels))
     strips = []
-    for row, rows, block, count in ranges:
-        first = row % case.channels == 0
-        if first:  # as many pieces in all strips of a codebook, for their sums go to the same places
-            pieces = max(1, min(rows // count // 16, room // (columns * count)))
-        share = -(-(rows // count) // pieces)
-        last = row + rows == (block + count) * case.channels
-        strips.append(Strip(row, rows, block, count, pieces, share, not first, last))
+    for block in range(0, case.blocks, together):
+        count = min(together, case.blocks - block)
+        start, stop = starts[block], starts[block + count]
+        size = stop - start
+        if case.channels > most:  # a codebook at a time, in parts that differ little
+            size = -(-size // -(-size // most))
+            size = -(-size // 64) * 64
+        # As many pieces in all strips of a codebook, for their sums go to the same places.
+        rows = min(size, case.channels)
+        pieces = max(1, min(rows // 16, room // (columns * count)))
+        for row in range(start, stop, size):
+            end = min(row + size, stop)
+            strips.append(Strip(row, end - row, block, count, pieces, -(-rows // pieces), row > start, end == stop))
     return ScatterPlan(scatter, tuple(strips), columns, threads, shared)
 
 

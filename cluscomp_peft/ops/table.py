@@ -9,9 +9,10 @@ the weights are in registers. Each function says by None that it does not take a
     codebook_grad   From G = dyᵀ x, which cuBLAS makes in strips that L2 holds, to the gradients of codebook and
                     scales. Sums are 32-bit integers in shared memory, each block of threads with a quantum of its own.
 
-Measured on an H100, matrices of Llama-3-8B (recipes/benchmarks/results/gpu_kernels.json): one token takes a fifth to a
-third of what Triton's kernels take, a gradient half. A decode kernel of this kind was slower than Triton's, because it
-wrote 32 bytes of a row at a time, and is gone.
+Measured on an H100, matrices of Llama-3-8B: one token takes a fifth to a third of what Triton's kernels take, a
+gradient half. A decode kernel of this kind was slower than Triton's, because it wrote 32 bytes of a row at a time, and
+is gone
+(recipes/benchmarks/gpu/README.md).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def codebook_grad(
             (columns, strip.blocks * strip.pieces), threads, plan.shared,
             gradient.data_ptr(), codes.data_ptr(), codebook.data_ptr(), pointer(scale_in), pointer(scale_out),
             partial.data_ptr(), sums_in.data_ptr(), sums_out.data_ptr(),
-            strip.row, strip.rows, strip.share, strip.pieces, strip.rows // strip.blocks, case.in_features,
+            strip.row, strip.rows, strip.share, strip.pieces, strip.block, case.in_features,
             out_features, case.groups, codes.shape[1], case.clusters, DTYPES[codebook.dtype], kind(scale_in),
             kind(scale_out), case.blocks, strip.add,
         )  # fmt: skip

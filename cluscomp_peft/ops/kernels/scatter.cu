@@ -39,24 +39,22 @@ __device__ float sum_of(float value, float* scratch) {
 // Grid: column tiles, pieces. Piece p has rows [p · share, …) of its strip, inside one codebook.
 extern "C" __global__ void __launch_bounds__(THREADS)
 scatter(const float* gradient, const u8* packed, const void* codebook, const void* scale_in, const void* scale_out, float* partial,
-        float* sums_in, float* sums_out, int first_row, int rows, int share, int pieces_of_block, int rows_of_block, int in_features,
+        float* sums_in, float* sums_out, int first_row, int rows, int share, int pieces, int first_block, int in_features,
         int out_features, int groups, int width, int clusters, int codebook_dtype, int scale_in_dtype, int scale_out_dtype, int blocks, int add) {
     extern __shared__ __align__(16) u32 shared[];
     float* scratch = (float*)shared;      // [32]
     int* sums = (int*)shared + 32;        // [G, clusters]
     u32* table = shared + (32 + G * clusters + 3) / 4 * 4;  // only if SCALED
-    const int block_of_strip = blockIdx.y / pieces_of_block;
-    const int start = block_of_strip * rows_of_block + blockIdx.y % pieces_of_block * share;
-    const int stop = min(min(start + share, (block_of_strip + 1) * rows_of_block), rows);
+    // Rows of a codebook: its input channels, as far as the strip has them. The last pieces may be empty.
+    const int block = first_block + blockIdx.y / pieces;
+    const int from = max((int)(((long long)block * in_features + blocks - 1) / blocks), first_row) - first_row;
+    const int to = min((int)(((long long)(block + 1) * in_features + blocks - 1) / blocks) - first_row, rows);
+    const int start = from + blockIdx.y % pieces * share, stop = min(start + share, to);
     const int group = blockIdx.x * THREADS + threadIdx.x, output = group * G;
     const bool inside = group < groups;
 
     for (int at = threadIdx.x; at < G * clusters; at += THREADS) sums[at] = 0;
-    if (SCALED) {
-        // Of the rows that a piece could have: the last ones may be empty.
-        const int block = (int)((long long)(first_row + block_of_strip * rows_of_block) * blocks / in_features);
-        fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
-    }
+    if (SCALED) fill_table(table, codebook, (size_t)block * clusters * G, clusters, codebook_dtype, threadIdx.x, THREADS);
     float row_scale[G], of_outputs[G];
     #pragma unroll
     for (int j = 0; j < G; j++) {
