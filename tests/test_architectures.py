@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -237,3 +239,11 @@ def test_a_weight_that_is_shared_counts_once():
         "linear weights: 12 of 36 clustered (33.3 %); dense: 0 66.7 % (shares its weight with another module)"
     )
     assert coverage_line(nn.Sequential(nn.Linear(2, 3)), {"0"}) == "linear weights: 6 of 6 clustered (100.0 %)"
+
+
+@pytest.mark.parametrize(
+    "first", ["from cluscomp_peft import ClusCompQuantizationConfig", "import cluscomp_peft.hf.checkpoint"]
+)
+def test_whatever_is_imported_first(first):
+    """transformers imports the quantizer before it has any model: nothing beside it may need one to be imported."""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", first], check=True, capture_output=True)

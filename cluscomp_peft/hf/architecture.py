@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 __all__ = [
     "check_generation_config",
@@ -33,12 +31,16 @@ __all__ = [
 _GENERATION = "generation_config.json"
 
 
-def model_class(config: Any, source: str) -> type[PreTrainedModel]:
+def model_class(config: Any, source: str) -> Any:
     """The class that a config names; where it names none, the causal language model of its type.
 
     Raises:
         ValueError: If transformers has no such class.
     """
+    # Only now: transformers imports the quantizer, which stands beside this, before it has any model.
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     names = list(getattr(config, "architectures", None) or [])
     if not names:
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -73,6 +75,8 @@ def empty_model(config: Any, source: str) -> Any:
 
 def read_tokenizer(source: str) -> Any:
     """The tokenizer of a model; None if it has none that can be read here."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception:
