@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,3 +181,32 @@ def test_compiled_code_is_kept_and_a_folder_that_cannot_be_written_is_no_error(c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert nvrtc.compile_source(source, {}, (9, 0))
+
+
+def test_launches_of_several_threads_keep_their_arguments(monkeypatch):
+    """Through a driver that looks at them late."""
+    seen = set()
+
+    class Driver:
+        def cuLaunchKernel(self, *given):
+            time.sleep(1e-4)
+            pointers = given[9]
+            where = ctypes.cast(pointers[0], ctypes.POINTER(ctypes.c_void_p))[0]
+            seen.add((where, ctypes.cast(pointers[1], ctypes.POINTER(ctypes.c_int))[0], given[1:8]))
+            return 0
+
+        def __getattr__(self, name):
+            return lambda *given: 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    monkeypatch.setattr(nvrtc, "_enter", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    structure = nvrtc.launch_fields({"where": ctypes.c_void_p, "count": ctypes.c_int})
+    function = nvrtc.Function(b"", "kernel", structure, torch.device("cuda", 0))
+    calls = [(2**40 + k, k) for k in range(1, 200)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda call: function((3, 2), 64, 10, *call), calls))
+    assert seen == {(*call, (3, 2, 1, 64, 1, 1, 10)) for call in calls}
+    with pytest.raises(AssertionError):
+        function((3, 2), 64, 10, 2**40)

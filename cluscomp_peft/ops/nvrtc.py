@@ -108,9 +108,8 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def _driver() -> ctypes.PyDLL:
-    # PyDLL: with the interpreter's lock held, no other thread writes arguments while the driver copies them.
-    return ctypes.PyDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def _cache_folder() -> Path:
@@ -146,12 +145,9 @@ class Function:
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
             if shared > 48 << 10:
                 _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared))
-        self._arguments = arguments()
-        start = ctypes.addressof(self._arguments)
-        offsets = [getattr(arguments, field[0]).offset for field in arguments._fields_]
-        self._pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
-        self._names = [field[0] for field in arguments._fields_]
-        self._index = device.index
+        self._arguments = arguments
+        self._offsets = [getattr(arguments, field[0]).offset for field in arguments._fields_]
+        self._pointers = ctypes.c_void_p * len(self._offsets)
 
     def occupancy(self, threads: int, shared: int) -> int:
         """Blocks of threads with `shared` bytes each that a multiprocessor holds, at least 1."""
@@ -165,20 +161,16 @@ class Function:
 
     def __call__(self, grid: tuple[int, int], threads: int, shared: int, *values: int) -> None:
         """Launches on torch's current stream of the device, which must be the current device."""
-        arguments = self._arguments
-        for name, value in zip(self._names, values, strict=True):
-            setattr(arguments, name, value)
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        launch = _driver().cuLaunchKernel
-        status = launch(
-            self._function, grid[0], grid[1], 1, threads, 1, 1, shared, ctypes.c_void_p(stream), self._pointers, None
-        )
+        assert len(values) == len(self._offsets)
+        arguments = self._arguments(*values)  # of this call alone: other threads launch, too
+        start = ctypes.addressof(arguments)
+        pointers = self._pointers(*(start + offset for offset in self._offsets))
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device.index))
+        given = (self._function, *grid, 1, threads, 1, 1, shared, stream, pointers, None)
+        status = _driver().cuLaunchKernel(*given)
         if status == _INVALID_CONTEXT:
             _enter(self._device)
-            status = launch(
-                self._function, grid[0], grid[1], 1, threads, 1, 1, shared, ctypes.c_void_p(stream), self._pointers,
-                None,
-            )  # fmt: skip
+            status = _driver().cuLaunchKernel(*given)
         _check(status)
 
 
