@@ -145,3 +145,20 @@ def test_absent_names_are_absent():
     with pytest.raises(AttributeError, match="has no attribute 'NoSuchName'"):
         _ = cluscomp_peft.NoSuchName
     assert set(cluscomp_peft.__all__) <= set(dir(cluscomp_peft))
+
+
+def test_a_system_without_file_locks_imports_and_loads(dense_dir, tmp_path):
+    """As on Windows, where there is no fcntl; `compress`, which locks its folder, says so."""
+    program = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import cluscomp_peft\n"
+        "from cluscomp_peft.cli import main\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(dense_dir)!r})\n"
+        "print('loaded', flush=True)\n"
+        f"sys.exit(main(['compress', {str(dense_dir)!r}, {str(tmp_path / 'out')!r}, '--bits', '4']))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "loaded" in run.stdout and run.returncode != 0
+    assert "locks its folder with fcntl, which this system lacks" in run.stderr
+    assert "Traceback" not in run.stderr
