@@ -145,7 +145,8 @@ def gradients(
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """In their own dtype, even where backward runs inside the user's autocast region."""
-    if not torch.is_autocast_enabled(left.device.type):
+    device = left.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return left @ right
     with torch.autocast(left.device.type, enabled=False):
         return left @ right

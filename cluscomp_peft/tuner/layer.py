@@ -236,7 +236,10 @@ class ClusCompLayer(MergingLayer):
         names = [name for name in adapter_names if name in self.cluscomp_delta]
         if len(names) == 1:
             delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
-            if not any(part._forward_pre_hooks or part._forward_hooks for part in (delta, units)):
+            hooks = [
+                part._forward_pre_hooks or part._forward_hooks or hasattr(part, "_hf_hook") for part in (delta, units)
+            ]
+            if not any(hooks):
                 return [delta.numbers(units.values)]
         return self.deltas(names)
 

@@ -21,7 +21,7 @@ GREEDY = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
 def trained(models, text):
     """A model in bf16 with a trained adapter."""
     model = get_peft_model(models.load(), config_for("compressed", num_blocks=2))
-    train_briefly(model, text(40), lr=2e-3)
+    train_briefly(model, text(40), lr=5e-4)
     return model.eval()
 
 
@@ -184,7 +184,7 @@ def test_an_adapter_on_weights_on_the_host(halves, models, text):
     losses = []
     for base in (halves, models.load()):
         model = get_peft_model(base, config_for("compressed"))
-        losses.append(train_briefly(model, text(40), lr=2e-3))
+        losses.append(train_briefly(model, text(40), lr=5e-4))
         trained = logits_of(model, text(40))
         model.merge_adapter()
         assert torch.equal(logits_of(model, text(40)), trained)
