@@ -27,7 +27,7 @@ import torch
 from ..codes import code_bits
 from . import cpu, direct, reference
 from .checks import check, check_gradient
-from .direct import Numbers, gradients, owned
+from .direct import Numbers, backward_of_linear, owned
 
 __all__ = [
     "CODEBOOK_GRAD",
@@ -114,14 +114,7 @@ def _linear_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None
 
 
 def _linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-    saved, wants = ctx.saved_tensors, ctx.needs_input_grad
-    asked = (wants[0], wants[2] or wants[3] or wants[4], wants[5], wants[6])
-    grads = list(gradients(DECODE, CODEBOOK_GRAD, saved, grad_output, asked))
-    for place, of in ((1, 2), (2, 3), (3, 4)):  # codebook and scales
-        grads[place] = grads[place].to(saved[of].dtype) if wants[of] else None  # type: ignore[union-attr]
-    if grads[5] is not None:
-        grads[5] = grads[5].to(ctx.bias_dtype)
-    return grads[0], None, *grads[1:], None
+    return backward_of_linear(DECODE, CODEBOOK_GRAD, ctx, grad_output)
 
 
 LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)

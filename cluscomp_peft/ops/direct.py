@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu
 
-__all__ = ["Numbers", "adapted", "applies", "gradients", "linear", "owned"]
+__all__ = ["Numbers", "adapted", "applies", "backward_of_linear", "gradients", "linear", "owned"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -143,6 +143,23 @@ def gradients(
     return grad_x, *grads, grad_residual, grad_bias
 
 
+def backward_of_linear(
+    decode: Callable[..., torch.Tensor],
+    codebook_grad: Callable[..., tuple[torch.Tensor, ...]],
+    ctx: Any,
+    grad_output: torch.Tensor,
+) -> tuple:
+    """Gradients of the arguments of `linear`, each in its dtype; `ctx` has them saved, and `bias_dtype`."""
+    saved, wants = ctx.saved_tensors, ctx.needs_input_grad
+    asked = (wants[0], wants[2] or wants[3] or wants[4], wants[5], wants[6])
+    grads = list(gradients(decode, codebook_grad, saved, grad_output, asked))
+    for place, of in ((1, 2), (2, 3), (3, 4)):  # codebook and scales
+        grads[place] = grads[place].to(saved[of].dtype) if wants[of] else None  # type: ignore[union-attr]
+    if grads[5] is not None:
+        grads[5] = grads[5].to(ctx.bias_dtype)
+    return grads[0], None, *grads[1:], None
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """In their own dtype, even where backward runs inside the user's autocast region."""
     device = left.device.type
@@ -164,15 +181,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-        saved, wants = ctx.saved_tensors, ctx.needs_input_grad
         backend = _backend(grad_output)
-        asked = (wants[0], wants[2] or wants[3] or wants[4], wants[5], wants[6])
-        grads = list(gradients(backend.decode, backend.codebook_grad, saved, grad_output, asked))
-        for place, of in ((1, 2), (2, 3), (3, 4)):  # codebook and scales
-            grads[place] = grads[place].to(saved[of].dtype) if wants[of] else None  # type: ignore[union-attr]
-        if grads[5] is not None:
-            grads[5] = grads[5].to(ctx.bias_dtype)
-        return grads[0], None, *grads[1:], None
+        return backward_of_linear(backend.decode, backend.codebook_grad, ctx, grad_output)
 
 
 class _Adapted(torch.autograd.Function):
