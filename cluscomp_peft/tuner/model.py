@@ -60,6 +60,9 @@ class ClusCompModel(BaseTuner):
     # -- plan
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Of this tuner, by which PEFT's own code finds what is trained and has the adapter's dtype: units and digests,
+        # which loaders know by the method's prefix, are neither.
+        self.prefix = "cluscomp_delta"
         self._made: dict[str, Any] = {}
         # Dense layers are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
