@@ -180,9 +180,7 @@ def test_an_adapter_whose_codes_exceed_the_codebook(kind, way, dense_dir, tmp_pa
     layer.sign("default")
     model.save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(dense_dir)
-    with pytest.raises(
-        ValueError, match=r"name centroids beyond the 12 of its codebook|its codebook has 12 centroids"
-    ):
+    with pytest.raises(ValueError, match="name centroids beyond the 12 of its codebook"):
         if way == "peft":
             PeftModel.from_pretrained(base, tmp_path)
         elif way == "mixin":

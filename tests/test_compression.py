@@ -321,20 +321,32 @@ def trained(tmp_path_factory, tokenizer) -> tuple[str, str, torch.Tensor]:
     return str(folder / "dense"), str(folder / "text.txt"), torch.tensor([sentence(24) for _ in range(64)])
 
 
-def test_calibration_brings_the_loss_nearer_to_dense(trained, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(group_size=2, num_clusters=16),
+        pytest.param(
+            dict(bits=3),
+            marks=pytest.mark.xfail(
+                reason="shares of the budget by sensitivity starve q_proj of this model (2 clusters of 8 weights): it "
+                "ends further from dense than without calibration"
+            ),
+        ),
+    ],
+    ids=["one setting", "shares of a budget"],
+)
+def test_calibration_brings_the_loss_nearer_to_dense(trained, tmp_path, settings):
     source, text, rows = trained
 
     def loss(folder: str) -> float:
         logits = logits_of(AutoModelForCausalLM.from_pretrained(folder), rows)[:, :-1].flatten(0, 1)
         return float(F.cross_entropy(logits, rows[:, 1:].flatten()))
 
-    # One setting for all matrices: shares of the budget by sensitivity starve q_proj of this model (2 clusters of 8
-    # weights), and end further from dense than no calibration at all. What they do is for real models to say.
     losses = {}
     for kind, flags in (("plain", {}), ("calibrated", dict(calibration=text, samples=96, seqlen=16, epochs=4))):
         target = str(tmp_path / kind)
-        config = ClusCompQuantizationConfig(group_size=2, num_clusters=16)
-        compress_checkpoint(source, target, config, **flags)
+        summary = compress_checkpoint(source, target, ClusCompQuantizationConfig(**settings), **flags)
+        assert summary["true_bits"] <= settings.get("bits", 8)
         losses[kind] = loss(target)
     assert losses["calibrated"] - loss(source) < 0.4 * (losses["plain"] - loss(source))
 

@@ -21,7 +21,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, unpack, value_fingerprint
+from .. import ops
+from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, value_fingerprint
 from ..linear import is_dense_linear, weight_shape
 from .clustered_layer import VALUES
 from .config import ClusCompConfig
@@ -33,7 +34,6 @@ FILE_PREFIX = "base_model.model."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Numbers that an adapter may have for each weight of a layer, where only its config says how many.
 _NUMBERS_PER_WEIGHT = 64
-_ROWS = 256  # of codes unpacked at once
 
 
 class Entry(NamedTuple):
@@ -129,16 +129,11 @@ def _check_sizes(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs:
 
 def _check_codes(name: str, codes: torch.Tensor, out_features: int, spec: ClusterSpec) -> None:
     """Raises a ValueError if packed codes [in, width] name centroids that the codebook does not have."""
-    if spec.num_clusters == 2**spec.code_bits:
-        return
-    groups = num_groups(out_features, spec.group_size)
-    for rows in codes.split(_ROWS):
-        largest = int(unpack(rows, spec.code_bits, groups).max())
-        if largest >= spec.num_clusters:
-            raise ValueError(
-                f"{name} has a code {largest}, but its codebook has {spec.num_clusters} centroids; the file is "
-                "damaged, copy or download it again."
-            )
+    if ops.has_stray_codes(codes, spec.num_clusters, num_groups(out_features, spec.group_size)):
+        raise ValueError(
+            f"{name}: codes name centroids beyond the {spec.num_clusters} of its codebook; the file is damaged, copy "
+            "or download it again."
+        )
 
 
 def _shape_of_layer(layer: nn.Module) -> tuple[int, int]:
