@@ -1,0 +1,84 @@
+"""What a layer costs a host beside its kernels: microseconds of Python and torch in a call, kernels replaced by stubs.
+
+    python recipes/benchmarks/host_time.py
+
+A clustered 64 x 64 layer on the CPU whose linear, decode and gradient give uninitialised tensors of the right shape.
+On a GPU the same code runs ahead of the kernels; where it takes longer than they do, the GPU waits.
+
+    frozen      one token through a frozen layer, without gradients
+    adapted     likewise with an unmerged adapter of rank 16 and trained scales
+    forward     8 tokens in training
+    training    forward and backward
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from memory import write_results
+from peft import get_peft_model
+from torch import nn
+
+from cluscomp_peft import ClusCompConfig, ops
+from cluscomp_peft.ops import cpu, direct
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--output", default="host_time", help="name under results/, or a path without .json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    stub()
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    config = ClusCompConfig(target_modules=["0"], group_size=4, num_clusters=16, rank=16, train_scales=True)
+    layer = get_peft_model(model, config).base_model.model[0]
+    token, x, upstream = torch.randn(1, 64), torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+    with torch.no_grad():
+        found = {"frozen": microseconds(lambda: layer.base_layer(token), options.calls)}
+        found["adapted"] = microseconds(lambda: layer(token), options.calls)
+    found["forward"] = microseconds(lambda: layer(x), options.calls)
+    found["training"] = microseconds(lambda: layer(x).backward(upstream), options.calls)
+    for name, value in found.items():
+        print(f"{name:<10}{value:8.1f} µs")
+    write_results(options.output, {"settings": vars(options), "microseconds": found})
+
+
+def stub() -> None:
+    """Kernels that do nothing, on every way to them."""
+
+    def linear(x, codes, codebook, scale_in, scale_out, residual, bias, out_features):
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    def decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype):
+        return torch.empty(out_features, codes.shape[0], dtype=dtype)
+
+    def codebook_grad(x, grad_output, codes, codebook, scale_in, scale_out, residual):
+        sizes = (0 if scale_in is None else x.shape[1], 0 if scale_out is None else grad_output.shape[1])
+        return (torch.empty(codebook.shape), *(torch.empty(size) for size in sizes))
+
+    for op, kernel in ((ops.LINEAR, linear), (ops.DECODE, decode), (ops.CODEBOOK_GRAD, codebook_grad)):
+        op.register_kernel("cpu")(kernel)
+        setattr(cpu, kernel.__name__, kernel)
+    direct._on_cpu.cache_clear()
+
+
+def microseconds(job: Callable[[], object], calls: int) -> float:
+    """Of a call: the median of ten runs."""
+    for _ in range(100):
+        job()
+    runs = []
+    for _ in range(10):
+        started = time.perf_counter()
+        for _ in range(calls // 10):
+            job()
+        runs.append((time.perf_counter() - started) / (calls // 10))
+    return 1e6 * statistics.median(runs)
+
+
+if __name__ == "__main__":
+    main()
