@@ -218,7 +218,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from .compress.calibration import read_documents, token_windows
+    from .compress.calibration.text import read_documents, token_windows
     from .hf.architecture import refuse_evaluation
     from .hf.checkpoint import check_folder
     from .hf.evaluate import evaluate

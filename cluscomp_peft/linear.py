@@ -239,7 +239,7 @@ class ClusteredLinear(nn.Module):
         """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared.
 
         It computes what this layer does, to the last bit with more than 16 tokens in a call on a CPU, 64 on a GPU.
-        Fewer are multiplied here straight from the codes (see `ops/cpu.py`, `ops/cuda.py`) and there by `F.linear`,
+        Fewer are multiplied here straight from the codes (see `ops/backends`) and there by `F.linear`,
         which adds the same products in another order; so does a Conv1D, with any number of tokens.
         """
         with torch.device("meta"):

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cluscomp_peft import ClusCompConfig
-from cluscomp_peft.compress.calibration import read_documents, token_windows
+from cluscomp_peft.compress.calibration.text import read_documents, token_windows
 from cluscomp_peft.compress.recovery import CachedTeacher, RecoveryTrainer, cache_teacher_logits
 from cluscomp_peft.hf.checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
 from cluscomp_peft.hf.compression import PAGE_NAME, write_page

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.cli import main
-from cluscomp_peft.compress.calibration import read_documents, token_windows
-
-from .conftest import WORDS, config_for, logits_of, tiny_llama, train_briefly
+from cluscomp_peft.compress.calibration.text import read_documents, token_windows
+from tests.conftest import WORDS, config_for, logits_of, tiny_llama, train_briefly
 
 PARTS = ("codes", "codebook", "scale_in", "scale_out")
 
@@ -260,7 +259,7 @@ def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, c
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluscomp_peft.compress.shard.cluster_codes", interrupt)
+    monkeypatch.setattr("cluscomp_peft.compress.stream.shards.cluster_codes", interrupt)
     assert main(["compress", dense_dir, str(tmp_path / "out"), "--bits", "6"]) == 130
     assert "cluscomp compress: interrupted" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []

@@ -90,7 +90,7 @@ def fresh(code: str) -> None:
 
 
 def test_importing_the_package_imports_neither_peft_nor_models():
-    imports = "import sys, cluscomp_peft, cluscomp_peft.cli, cluscomp_peft.compress.workers\n"
+    imports = "import sys, cluscomp_peft, cluscomp_peft.cli, cluscomp_peft.compress.stream.workers\n"
     fresh(f"{imports}assert not [name for name in {HEAVY} if name in sys.modules]")
 
 

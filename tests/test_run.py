@@ -13,8 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft.run import main
-
-from .conftest import config_for, logits_of, train_briefly
+from tests.conftest import config_for, logits_of, train_briefly
 
 # A script of somebody who never heard of this package.
 SCRIPT = """

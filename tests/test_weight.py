@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear, ops
 from cluscomp_peft.codes import ClusterSpec
-from cluscomp_peft.compress.cluster import cluster_linear
+from cluscomp_peft.compress.matrix.cluster import cluster_linear
 
 SPEC = ClusterSpec(2, 12, scale_in=True)
 KINDS = {"born": {}, "dense": dict(base="dense")}

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from .journal import replace_file
+from .stream.journal import replace_file
 
 __all__ = ["CachedTeacher", "RecoveryTrainer", "cache_teacher_logits", "collate", "recovery_losses"]
 

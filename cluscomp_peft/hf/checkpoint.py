@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..codes import ClusterSpec
-from ..compress.source import renaming_of
+from ..compress.stream.source import renaming_of
 from ..layout import expand
 from ..linear import weight_shape
 from .architecture import empty_model

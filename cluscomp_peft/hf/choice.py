@@ -7,9 +7,9 @@ from collections.abc import Collection
 from torch import nn
 
 from ..codes import ClusterSpec
-from ..compress.allocation import choose_spec
-from ..compress.coverage import coverage_line
-from ..compress.targets import dense_linears, linear_weights, refuse_fused_experts
+from ..compress.budget.allocation import choose_spec
+from ..compress.budget.coverage import coverage_line
+from ..compress.budget.targets import dense_linears, linear_weights, refuse_fused_experts
 from ..linear import weight_of
 from .config import ClusCompQuantizationConfig
 

@@ -22,13 +22,13 @@ from transformers import AutoConfig
 
 from .._version import __version__
 from ..codes import ClusterSpec
-from ..compress.block import BlockSettings
-from ..compress.calibration import calibration_windows
-from ..compress.journal import Journal, disk_errors
-from ..compress.pipeline import Calibration, compress_shards, fingerprint_of
-from ..compress.source import DenseCheckpoint, renaming_of
-from ..compress.targets import refuse_linears_of_their_own
-from ..compress.workers import peak_memory, visible_devices
+from ..compress.budget.targets import refuse_linears_of_their_own
+from ..compress.calibration.text import calibration_windows
+from ..compress.matrix.block import BlockSettings
+from ..compress.stream.journal import Journal, disk_errors
+from ..compress.stream.pipeline import Calibration, compress_shards, fingerprint_of
+from ..compress.stream.source import DenseCheckpoint, renaming_of
+from ..compress.stream.workers import peak_memory, visible_devices
 from ..layout import summarize
 from .architecture import (
     check_generation_config,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+from ..compress.budget.allocation import CODEBOOK_DTYPES, check_settings
 
 __all__ = ["FORMAT_VERSION", "ClusCompQuantizationConfig"]
 

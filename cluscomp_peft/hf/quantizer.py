@@ -26,8 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codes import ClusterSpec, combine_fingerprints
-from ..compress.cluster import cluster_linear
-from ..compress.pipeline import TOGETHER
+from ..compress.matrix.cluster import cluster_linear
+from ..compress.stream.pipeline import TOGETHER
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import hooks_of, offload_hook

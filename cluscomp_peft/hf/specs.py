@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ..codes import ClusterSpec
-from ..compress.allocation import Demand, allocate
-from ..compress.blocks import BlockModel
-from ..compress.journal import JOURNAL, LOCK, Journal
-from ..compress.pipeline import Calibration
-from ..compress.sensitivity import measure_sensitivity
-from ..compress.source import DenseCheckpoint
+from ..compress.budget.allocation import Demand, allocate
+from ..compress.budget.sensitivity import measure_sensitivity
+from ..compress.calibration.blocks import BlockModel
+from ..compress.stream.journal import JOURNAL, LOCK, Journal
+from ..compress.stream.pipeline import Calibration
+from ..compress.stream.source import DenseCheckpoint
 from ..linear import weight_of
 from .choice import choose_specs
 from .config import ClusCompQuantizationConfig

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from ..codes import code_bits
-from . import cpu, direct, reference
+from . import direct
+from .backends import cpu, reference
 from .checks import check, check_gradient
 from .direct import Numbers, backward_of_linear, owned
 
@@ -122,7 +123,7 @@ LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup_context)
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        from . import cuda  # by the first call on a device, because it imports Triton
+        from .backends import cuda  # by the first call on a device, because it imports Triton
 
         return getattr(cuda, name)(*args)
 
@@ -212,7 +213,7 @@ def linear(
 
     Differentiable in x, codebook, scales, residual and bias. Bit for bit `torch.nn.functional.linear` with the decoded
     weight; a few tokens (on CUDA up to 64, of a large matrix on the CPU up to 16) are summed in another order: see
-    `cuda.py` and `cpu.py`.
+    `backends`.
 
     Args:
         x (`torch.Tensor`): [..., in], floating point. The other arguments are those of [`decode`].

@@ -22,7 +22,7 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu
+from .backends import cpu
 
 __all__ = ["Numbers", "adapted", "applies", "backward_of_linear", "gradients", "linear", "owned"]
 
@@ -279,6 +279,6 @@ def _on_cpu() -> _Backend:
 
 @functools.cache
 def _on_cuda() -> _Backend:
-    from . import cuda  # by the first call on a device, because it imports Triton
+    from .backends import cuda  # by the first call on a device, because it imports Triton
 
     return _Backend(owned(cuda.linear), cuda.decode, cuda.codebook_grad, cuda.effective, cuda.effective_backward)

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..compress.pipeline import TOGETHER
+from ..compress.stream.pipeline import TOGETHER
 from .jobs import (
     CUDA_CONTEXT,
     FRAGMENTATION,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..codes import ClusterSpec
-from ..compress.pipeline import TOGETHER
+from ..compress.stream.pipeline import TOGETHER
 from ..linear import weight_of
 from .model import Model, Use, from_widths
 from .parts import BACKWARD, GIB, LOSS, Job, Part

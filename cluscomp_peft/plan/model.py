@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..compress.blocks import find_blocks
+from ..compress.calibration.blocks import find_blocks
 from ..hf.checkpoint import check_folder
 from ..hf.choice import choose_specs
 from ..hf.config import ClusCompQuantizationConfig

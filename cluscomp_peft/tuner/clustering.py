@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..compress.cluster import cluster_codes, cluster_linear
+from ..compress.matrix.cluster import cluster_codes, cluster_linear
 from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
 from ..placement import gathered, is_partitioned
 from .config import ClusCompConfig

@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..codes import ClusterSpec
-from ..compress.allocation import CODEBOOK_DTYPES, check_settings
+from ..compress.budget.allocation import CODEBOOK_DTYPES, check_settings
 from .units import count_blocks, default_delta_scale
 
 __all__ = ["ClusCompConfig"]

@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..codes import ClusterSpec
-from ..compress.coverage import coverage_line
-from ..compress.targets import dense_linears, refuse_fused_experts
+from ..compress.budget.coverage import coverage_line
+from ..compress.budget.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
 from ..linear import ClusteredLinear, sum_deltas
 from ..offloading import execution_device, put_back

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
-from ..compress.allocation import CODEBOOK_DTYPES, choose_spec
-from ..compress.cluster import check_finite, check_range
+from ..compress.budget.allocation import CODEBOOK_DTYPES, choose_spec
+from ..compress.matrix.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
 from ..offloading import offload_hook
 from ..placement import is_whole

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 
 from cluscomp_peft.clustering import kmeans
 from cluscomp_peft.codes import ClusterSpec, group, ungroup
-from cluscomp_peft.compress.allocation import choose_spec
-from cluscomp_peft.compress.cluster import cluster_codes
+from cluscomp_peft.compress.budget.allocation import choose_spec
+from cluscomp_peft.compress.matrix.cluster import cluster_codes
 from cluscomp_peft.linear import ClusteredLinear
 
 SHARES = (0.001, 0.005, 0.01)

@@ -33,8 +33,8 @@ from memory import write_results
 from torch import nn
 from tqdm import tqdm
 
-from cluscomp_peft.compress.calibration import read_documents, token_windows
-from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.compress.budget.targets import dense_linears
+from cluscomp_peft.compress.calibration.text import read_documents, token_windows
 from cluscomp_peft.hf.evaluate import evaluate
 from cluscomp_peft.linear import weight_of
 

@@ -17,8 +17,8 @@ import torch
 from memory import read_status, write_results
 from tqdm import tqdm
 
-from cluscomp_peft.compress.allocation import choose_spec
-from cluscomp_peft.compress.cluster import cluster_codes
+from cluscomp_peft.compress.budget.allocation import choose_spec
+from cluscomp_peft.compress.matrix.cluster import cluster_codes
 from cluscomp_peft.linear import ClusteredLinear
 
 

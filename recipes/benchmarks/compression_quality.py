@@ -36,7 +36,7 @@ from memory import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cluscomp_peft
-from cluscomp_peft.compress.calibration import read_documents, token_windows
+from cluscomp_peft.compress.calibration.text import read_documents, token_windows
 from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.evaluate import evaluate, true_bits
 

@@ -24,7 +24,8 @@ from peft import get_peft_model
 from torch import nn
 
 from cluscomp_peft import ClusCompConfig, ops
-from cluscomp_peft.ops import cpu, direct
+from cluscomp_peft.ops import direct
+from cluscomp_peft.ops.backends import cpu
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import cluscomp_peft
-from cluscomp_peft.compress.calibration import read_documents
+from cluscomp_peft.compress.calibration.text import read_documents
 from cluscomp_peft.hf.compression import compress_checkpoint
 
 RATES = [2e-4 * 2.0**power for power in range(-6, 3)]

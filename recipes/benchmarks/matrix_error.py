@@ -22,8 +22,8 @@ from memory import write_results
 from safetensors.torch import load_file
 from torch import nn
 
-from cluscomp_peft.compress.allocation import choose_spec
-from cluscomp_peft.compress.cluster import cluster_codes
+from cluscomp_peft.compress.budget.allocation import choose_spec
+from cluscomp_peft.compress.matrix.cluster import cluster_codes
 from cluscomp_peft.linear import ClusteredLinear
 
 

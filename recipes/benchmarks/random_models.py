@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.codes import num_groups, pack
-from cluscomp_peft.compress.allocation import choose_spec
-from cluscomp_peft.compress.targets import dense_linears
+from cluscomp_peft.compress.budget.allocation import choose_spec
+from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.plan import Settings, plan
 

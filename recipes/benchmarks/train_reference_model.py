@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cluscomp_peft.compress.calibration import read_documents, token_windows
+from cluscomp_peft.compress.calibration.text import read_documents, token_windows
 from cluscomp_peft.hf.evaluate import evaluate
 
 END = "<|endoftext|>"

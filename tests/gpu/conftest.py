@@ -21,8 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompQuantizationConfig
-
-from ..conftest import BORN, tiny_llama
+from tests.conftest import BORN, tiny_llama
 
 LENGTHS = (1, 5, 40, 100)  # one token, several in the kernels of few, and so many that the weight is decoded
 BOTH = [

@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusteredLinear
 from cluscomp_peft.cli import main
-
-from ..conftest import config_for, logits_of, train_briefly
-from .conftest import LENGTHS
+from tests.conftest import config_for, logits_of, train_briefly
+from tests.gpu.conftest import LENGTHS
 
 GREEDY = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ..conftest import config_for, logits_of, train_briefly
-from .conftest import LENGTHS
+from tests.conftest import config_for, logits_of, train_briefly
+from tests.gpu.conftest import LENGTHS
 
 KINDS = ["compressed", "born", "dense"]
 

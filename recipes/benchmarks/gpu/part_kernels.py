@@ -7,7 +7,7 @@ For every matrix of a block of Llama-3-8B and Llama-2-70B and every number of bi
     linear, T tokens    T = 1, 5, 16 (generation), 64, 512, 2048 (prompts, training)
     codebook_grad       512 and 2048 tokens
 
-deviation   ‖y − y_ref‖ / ‖y_ref‖ against `cluscomp_peft.ops.reference` on the same device, computed in fp32 (fp64 for
+deviation   ‖y − y_ref‖ / ‖y_ref‖ against the reference on the same device, computed in fp32 (fp64 for
             the gradient, whose sums are long). A row with more than rounding to bf16 explains is "wrong".
 call, µs    of a call, launching and Python included; calls go round as many copies of the matrix as no cache holds.
 graph, µs   the same from a CUDA graph, where launching costs nothing; "-" where the call cannot be captured.
@@ -37,7 +37,7 @@ from timing import forget_peak, graphed, is_cuda, measure_limits, seconds, synch
 from torch import nn
 
 from cluscomp_peft import ClusteredLinear, ops
-from cluscomp_peft.ops import reference
+from cluscomp_peft.ops.backends import reference
 
 MODELS = {"8B": "Llama-3-8B", "70B": "Llama-2-70B"}
 TOKENS = (1, 5, 16, 64, 512, 2048)

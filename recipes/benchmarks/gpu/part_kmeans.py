@@ -27,8 +27,8 @@ from timing import forget_peak, is_cuda, measure_limits, peaks, seconds, timed
 
 from cluscomp_peft.clustering import gpu
 from cluscomp_peft.codes import group
-from cluscomp_peft.compress.allocation import choose_spec
-from cluscomp_peft.compress.cluster import cluster_codes
+from cluscomp_peft.compress.budget.allocation import choose_spec
+from cluscomp_peft.compress.matrix.cluster import cluster_codes
 
 # The package has a function of the same name.
 reference = importlib.import_module("cluscomp_peft.clustering.lloyd")

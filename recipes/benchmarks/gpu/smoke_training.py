@@ -15,12 +15,12 @@ from timing import forget_peak, is_cuda, peaks
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ops
-from cluscomp_peft.ops import reference
+from cluscomp_peft.ops.backends import reference
 
 
 def kernels_run(steps: Steps) -> dict:
     """Triton compiles and runs there, and the ops agree with the reference."""
-    from cluscomp_peft.ops import cuda
+    from cluscomp_peft.ops.backends import cuda
 
     found = {"available": cuda.available(torch.device(steps.device))}
     check(found["available"] or not is_cuda(steps.device), "the kernels do not run on this device")

@@ -1,0 +1,1 @@
+"""Which layers are clustered, and how many bits each of them gets."""

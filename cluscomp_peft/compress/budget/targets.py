@@ -1,0 +1,155 @@
+"""Which layers of a model are clustered unless the user says otherwise: the linear layers inside its blocks.
+
+Layers are found by what they are and where they stand, never by a model family's names. What would be skipped silently
+is refused by name: since version 5 transformers fuses the experts of a mixture into 3-D parameters, 90 % of such a
+model's weights, and a tool that looks for linear layers alone would leave them dense and call the model compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
+
+from ...linear import ClusteredLinear, is_dense_linear
+
+__all__ = ["LinearWeight", "dense_linears", "linear_weights", "refuse_fused_experts", "refuse_linears_of_their_own"]
+
+_EXPERTS, _OUTSIDE = "fused experts", "outside the blocks"
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight that multiplies: of a linear layer, or a stack of matrices in one 3-D parameter.
+
+    Args:
+        name (`str`): Of the layer; of the parameter if it is 3-D.
+        module (`nn.Module`): That holds it.
+        weights (`int`): Numbers in it.
+        reason (`str`, *optional*): Why it is not clustered unless the user says otherwise; None if it is.
+        layer (`bool`): It is that of a linear layer.
+    """
+
+    name: str
+    module: nn.Module
+    weights: int
+    reason: str | None
+    layer: bool = True
+
+
+def linear_weights(model: nn.Module) -> list[LinearWeight]:
+    """Every linear weight of a model, dense or clustered, in its order; one that layers share counts once."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    # Models whose parameters are on the meta device, or not loaded yet, say by name what will be one weight.
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    sources = set(tied.values())
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {id(output), id(getattr(output, "base_layer", output))}
+    found: list[LinearWeight] = []
+    seen: set[int | str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ClusteredLinear):
+            found.append(LinearWeight(name, module, module.in_features * module.out_features, None))
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            weight = module._parameters.get("weight")
+            key = f"{name}.weight"
+            same: set[int | str] = {id(weight), tied.get(key, key)}
+            size = 0 if weight is not None and same & seen else module.weight.numel()
+            seen |= same
+            reason = None
+            if id(module) in heads:
+                reason = "output head"
+            elif weight is None:
+                reason = "its weight is computed, by pruning or a parametrisation"
+            elif not is_dense_linear(module):
+                reason = f"{type(module).__name__} computes something else than nn.Linear"
+            elif owners[id(weight)] != 1 or key in tied or key in sources:
+                reason = "shares its weight with another module"
+            elif blocks and not name.startswith(blocks):
+                reason = _OUTSIDE
+            found.append(LinearWeight(name, module, size, reason))
+        else:
+            found += _stacks(model, name, module)
+    # A model without linear layers in lists of blocks has them elsewhere.
+    if not any(weight.reason is None for weight in found):
+        found = [replace(weight, reason=None) if weight.reason == _OUTSIDE else weight for weight in found]
+    return found
+
+
+def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the dense linear layers to cluster, in the order of the model.
+
+    Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of
+    embeddings; every one in a model without such lists. Layers whose weight is shared with another module, or is
+    computed (by pruning or a parametrisation), are left out as well.
+    """
+    for weight in linear_weights(model):
+        if weight.reason is None and not isinstance(weight.module, ClusteredLinear):
+            yield weight.name, weight.module
+
+
+def refuse_fused_experts(model: nn.Module) -> None:
+    """Raises a ValueError that names fused 3-D expert parameters, if the model has any."""
+    fused = [
+        f"{weight.name} {tuple(weight.module.get_parameter(weight.name.rpartition('.')[2]).shape)}"
+        for weight in linear_weights(model)
+        if weight.reason == _EXPERTS
+    ]
+    if fused:
+        shown = ", ".join(fused[:3]) + (f" and {len(fused) - 3} more" if len(fused) > 3 else "")
+        raise ValueError(
+            f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster "
+            "in target_modules (attention, shared experts) to leave the fused experts dense."
+        )
+
+
+def _stacks(model: nn.Module, name: str, module: nn.Module) -> list[LinearWeight]:
+    """Matrices that are stacked in 3-D parameters: experts, or gates of several heads."""
+    if isinstance(module, (_ConvNd, ParametrizationList)):
+        return []
+    counts = _expert_counts(getattr(model, "config", None))
+    found = []
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 3 or parameter.shape[0] < 2 or key == "codebook":
+            continue
+        full = f"{name}.{key}" if name else key
+        named = "expert" in f"{full}.{type(module).__name__}".lower()
+        # Without a config nothing says that they are something else.
+        experts = named or parameter.shape[0] in counts or not hasattr(model, "config")
+        reason = _EXPERTS if experts else "a 3-D parameter of no linear layer"
+        found.append(LinearWeight(full, module, parameter.numel(), reason, layer=False))
+    return found
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """The numbers of experts that a config names, in itself or in the configs inside it."""
+    counts: set[int] = set()
+    for key, value in vars(config).items() if config is not None else ():
+        if key.endswith("experts") and type(value) is int:
+            counts.add(value)
+        elif key.endswith("_config") and hasattr(value, "__dict__"):
+            counts |= _expert_counts(value)
+    return counts
+
+
+def refuse_linears_of_their_own(model: nn.Module) -> None:
+    """Raises a ValueError that names the class, if all linear layers inside the model's blocks are of subclasses of
+    `nn.Linear`, which may compute something else from their weight and are never clustered."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    inside = [module for name, module in model.named_modules() if name.startswith(blocks)]
+    others = sorted({type(module).__name__ for module in inside if isinstance(module, nn.Linear)} - {"Linear"})
+    if others and not any(is_dense_linear(module) for module in inside):
+        raise ValueError(
+            f"the blocks of {type(model).__name__} are made of {', '.join(others)}, which computes something else "
+            "from its weight than nn.Linear, so it cannot be clustered."
+        )

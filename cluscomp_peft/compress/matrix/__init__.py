@@ -1,0 +1,1 @@
+"""One matrix or one block: from dense numbers to codes and codebooks."""

@@ -1,0 +1,266 @@
+"""One block, from dense weights to clustered layers that make up for each other's errors.
+
+    for each group of layers that read the same input, in the order of the forward pass
+        x    that input in the dense block, on dense activations
+        x̂    the same in the compressed block, on compressed activations, earlier groups already clustered
+        W*   = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹          what brings Ŵ x̂ nearest to W x
+        K-means of W*, weighted by E[x̂²]; error feedback with E[x̂ x̂ᵀ]
+    then codebooks and scales are trained together on the block's output (`reconstruction`)
+
+W* lets every layer repair the errors of all before it; on TinyStories-656K at 3.1 true bits it lowered the loss above
+dense from 0.110 to 0.068, while training the codebooks alone, the paper's way, could not: codes matter more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...codes import ClusterSpec, pack, unpack
+from ...linear import ClusteredLinear, weight_of
+from ..calibration.blocks import BlockModel
+from .cluster import cluster_codes
+from .feedback import cholesky, damp, refine_codes
+from .reconstruction import reconstruct
+
+__all__ = ["BlockSettings", "compress_block"]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How blocks are compressed.
+
+    Args:
+        codebook_dtype (`torch.dtype`): Of codebooks and scales.
+        quality (`str`): Of K-means.
+        seed (`int`): Of K-means and of the order of batches.
+        feedback (`bool`): Error feedback; K-means with weights only without.
+        epochs (`int`): Of reconstruction; 0 leaves it out.
+        learning_rate (`float`): Of reconstruction, in units of the RMS of what is trained.
+        threads (`int`, *optional*): Of K-means.
+    """
+
+    codebook_dtype: torch.dtype = torch.float16
+    quality: str = "default"
+    seed: int = 0
+    feedback: bool = True
+    epochs: int = 8
+    learning_rate: float = 0.003
+    threads: int | None = None
+
+
+@dataclass
+class _Moments:
+    """Of one layer's inputs: E[x̂ x̂ᵀ], and E[(x − x̂) x̂ᵀ] as long as both blocks give it the same tokens."""
+
+    hessian: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    tokens: int = 0
+    unlike: bool = False
+
+    def add(self, dense: torch.Tensor, compressed: torch.Tensor) -> None:
+        seen = compressed.t() @ compressed
+        self.hessian = seen if self.hessian is None else self.hessian + seen
+        self.tokens += len(compressed)
+        if dense.shape != compressed.shape:
+            self.unlike = True  # experts: routing may send other tokens
+        if not self.unlike:
+            seen = (dense - compressed).t() @ compressed
+            self.drift = seen if self.drift is None else self.drift + seen
+
+
+@torch.no_grad()
+def compress_block(
+    model: BlockModel,
+    index: int,
+    specs: dict[str, ClusterSpec],
+    dense: Sequence[torch.Tensor],
+    compressed: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    held_out: int,
+    settings: BlockSettings,
+    progress: Callable[[int], object],
+) -> tuple[dict[str, ClusteredLinear], dict[str, Any]]:
+    """Clusters the layers of block `index`, which is loaded, and leaves them in it.
+
+    Args:
+        model ([`BlockModel`]): The block at `index` has its dense weights.
+        specs: Full layer name to spec, of the layers of this block.
+        dense, compressed: Inputs of the block in the dense model, and after the compressed blocks before it.
+        targets: Outputs of the dense block for `dense`.
+        held_out (`int`): The last so many batches judge reconstruction; where there are more, neither codes nor
+            codebooks see them.
+        settings ([`BlockSettings`]): How.
+        progress: Called with the number of weights of every layer that is clustered.
+
+    Returns:
+        Clustered layers by full name, and what was measured: matrices (relative_error, output_error), error_before,
+        error_after and epochs.
+
+    Raises:
+        ValueError: If activations or weights are NaN or infinite.
+    """
+    originals = {name: model.model.get_submodule(name) for name in specs}
+    done: dict[str, ClusteredLinear] = {}
+    matrices: dict[str, dict[str, Any]] = {}
+    for names in _groups(model, index, originals, dense[0]):
+        moments = _observe(model, index, names, originals, done, dense, compressed, max(1, len(dense) - held_out))
+        for name in names:
+            done[name], matrices[name] = _cluster(name, originals[name], specs[name], moments, settings)
+            progress(weight_of(originals[name]).numel())
+    _install(model, done)
+    epochs = settings.epochs if len(compressed) > held_out else 0
+    try:
+        with torch.enable_grad():
+            result = reconstruct(
+                lambda hidden: model.run(index, hidden),
+                list(done.values()),
+                compressed,
+                targets,
+                held_out=held_out,
+                epochs=epochs,
+                learning_rate=settings.learning_rate,
+                seed=settings.seed + index,
+            )
+    except ValueError as error:
+        raise ValueError(f"{model.name(index)}: {error}") from error
+    return done, {
+        "matrices": matrices,
+        "error_before": result.before,
+        "error_after": result.after,
+        "epochs": result.epochs,
+    }
+
+
+def _groups(model: BlockModel, index: int, layers: dict[str, nn.Module], example: torch.Tensor) -> list[list[str]]:
+    """Layers that are given the very same tensor, in the order in which they are called; those never called last."""
+    groups: dict[Any, list[str]] = {}
+    alive: list[torch.Tensor] = []  # so that no address is used twice
+
+    def note(name: str, x: torch.Tensor) -> None:
+        if any(name in names for names in groups.values()):
+            return
+        alive.append(x)
+        groups.setdefault((x.data_ptr(), tuple(x.shape)), []).append(name)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        model.run(index, example.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = {name for names in groups.values() for name in names}
+    return [*groups.values(), *([name] for name in layers if name not in called)]
+
+
+def _observe(
+    model: BlockModel,
+    index: int,
+    names: list[str],
+    originals: dict[str, nn.Module],
+    done: dict[str, ClusteredLinear],
+    dense: Sequence[torch.Tensor],
+    compressed: Sequence[torch.Tensor],
+    batches: int,
+) -> _Moments:
+    """Moments of the input that all layers of a group are given, over the first so many batches."""
+    seen: list[torch.Tensor] = []
+    handle = originals[names[0]].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().flatten(0, -2).float())
+    )
+    moments = _Moments()
+
+    def inputs(hidden: torch.Tensor) -> torch.Tensor | None:
+        seen.clear()
+        model.run(index, hidden.to(model.device))
+        return torch.cat(seen) if seen else None
+
+    try:
+        for batch in range(batches):
+            _install(model, originals)
+            before = inputs(dense[batch])
+            _install(model, done)
+            after = inputs(compressed[batch])
+            if before is not None and after is not None:
+                moments.add(before, after)
+    finally:
+        handle.remove()
+        _install(model, originals)
+    if moments.hessian is not None and not bool(torch.isfinite(moments.hessian).all()):
+        raise ValueError(
+            f"the inputs of {names[0]} are NaN or infinite on the calibration text: the model's weights are damaged, "
+            "or its dtype is too narrow for it. Compress it with --dtype float32, or calibrate on other text."
+        )
+    return moments
+
+
+def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        model.model.set_submodule(name, layer)
+
+
+def _cluster(
+    name: str, dense: nn.Module, spec: ClusterSpec, moments: _Moments, settings: BlockSettings
+) -> tuple[ClusteredLinear, dict[str, Any]]:
+    weight = weight_of(dense).detach().float()
+    hessian = None if moments.hessian is None else moments.hessian / moments.tokens
+    if hessian is not None and not bool((hessian.diagonal() > 0).any()):
+        hessian = None  # never excited
+    wanted = weight
+    if settings.feedback and hessian is not None and moments.drift is not None and not moments.unlike:
+        # W* = W + W E[(x − x̂) x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
+        drift = weight @ (moments.drift / moments.tokens)
+        wanted = weight + torch.cholesky_solve(drift.t().double(), cholesky(damp(hessian))).t().float()
+    packed, codebook, scale_in, scale_out = cluster_codes(
+        wanted,
+        spec,
+        codebook_dtype=settings.codebook_dtype,
+        importance=None if hessian is None else hessian.diagonal(),
+        quality=settings.quality,
+        seed=settings.seed,
+        threads=settings.threads,
+        name=name,
+    )
+
+    def build(packed: torch.Tensor, codebook: torch.Tensor) -> ClusteredLinear:
+        return ClusteredLinear.from_parts(
+            packed,
+            codebook,
+            scale_in,
+            scale_out,
+            dense.bias,
+            len(weight),
+            conv1d=not isinstance(dense, nn.Linear),
+            dtype=weight_of(dense).dtype,
+        )
+
+    layer = build(packed, codebook)
+    report: dict[str, Any] = {"output_error": {"clustered": _output_error(layer, weight, hessian)}}
+    if settings.feedback and hessian is not None:
+        target, scaled = wanted, hessian
+        if scale_in is not None:
+            target, scaled = target / scale_in.float(), scaled * scale_in.float()[:, None] * scale_in.float()
+        if scale_out is not None:
+            target = target / scale_out.float()[:, None]
+        groups = -(-len(weight) // spec.group_size)
+        codes = unpack(packed, spec.code_bits, groups).long()
+        codes, centroids = refine_codes(target, codes, codebook[0].float(), scaled, threads=settings.threads)
+        layer = build(pack(codes, spec.code_bits), centroids.to(settings.codebook_dtype)[None])
+        report["output_error"]["feedback"] = _output_error(layer, weight, hessian)
+    return layer, report
+
+
+def _output_error(layer: ClusteredLinear, weight: torch.Tensor, hessian: torch.Tensor | None) -> float | None:
+    """‖(W − Ŵ) x̂‖ / ‖W x̂‖ over the calibration inputs."""
+    if hessian is None:
+        return None
+    rest = layer.decode(torch.float32) - weight
+    energy = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+    return (max(0.0, float(((rest @ hessian) * rest).sum(dtype=torch.float64))) / max(energy, 1e-30)) ** 0.5

@@ -1,0 +1,203 @@
+"""Error feedback: codes and codebook of one matrix, chosen for its outputs instead of its weights.
+
+K-means makes ‖W − Ŵ‖² small. What counts is the error of the layer's output over calibration inputs x,
+
+    L(Ŵ) = tr (W − Ŵ) H (W − Ŵ)ᵀ,      H = E[x xᵀ]  [in, in]
+
+Groups run along the output dimension, so a vector belongs to one input channel and H couples channels only; three
+steps, each of which never raises L (the first lowers it from where K-means ended in all but odd cases):
+
+    carry      channel by channel in the order of falling H_ii: nearest centroids; the error is carried over to the
+               channels still to come, which make up for it            GPTQ (Frantar et al. 2022, arXiv 2210.17323)
+    settle     given all codes, L is quadratic in the codebook: conjugate gradients to its minimum
+    revisit    given the codebook, each channel in turn takes the centroids nearest to
+               v̂_i + (R H)_i / H_ii,  R = V − V̂: coordinate descent, exact for that channel
+
+All of it happens in the scaled space V = W / (s_out · s_in), H' = s_in H s_in, and runs at the speed of matmul: inside
+a block of channels errors are carried at once, to the others by one product a block. The paper has no such step; there
+the reconstruction of blocks alone repairs the codes' choice.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...clustering.search import Nearest
+from ...codes import group
+
+__all__ = ["cholesky", "damp", "feedback_factor", "refine_codes"]
+
+_BLOCK = 128
+_DAMPING = 0.01  # of the mean of H's diagonal, added to it: H is estimated from finitely many tokens
+
+
+def refine_codes(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    sweeps: int = 2,
+    solver_steps: int = 12,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Better codes and codebook for the layer's outputs.
+
+    Args:
+        weight (`torch.Tensor`): V [out, in] fp32, already divided by the scales.
+        codes (`torch.Tensor`): [in, groups] int64, from K-means.
+        codebook (`torch.Tensor`): [n, g] fp32.
+        hessian (`torch.Tensor`): H' [in, in] fp32, E[x xᵀ] times s_in on both sides.
+        sweeps (`int`): Rounds of settle and revisit after the first pass.
+        solver_steps (`int`): Steps of conjugate gradients of one settle.
+        threads (`int`, *optional*): Of the search for centroids.
+
+    Returns:
+        codes [in, groups] int64 and codebook [n, g] fp32.
+    """
+    hessian = damp(hessian)
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    # A channel a row, so that the vectors of a channel lie together: [in, groups · g], padded with zeros.
+    vectors = group(weight, codebook.shape[1]).flatten(1)[order].contiguous()
+    hessian = hessian[order]
+    problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
+    del hessian
+    found = codes[order]
+    candidate = problem.carry(Nearest(codebook, threads))
+    if problem.loss(codebook, candidate) < problem.loss(codebook, found):
+        found = candidate
+    codebook = problem.settle(codebook, found, solver_steps)
+    for _ in range(sweeps):
+        found = problem.revisit(codebook, found, Nearest(codebook, threads))
+        codebook = problem.settle(codebook, found, solver_steps)
+    result = torch.empty_like(found)
+    result[order] = found
+    return result, codebook
+
+
+def damp(hessian: torch.Tensor) -> torch.Tensor:
+    """H plus 1 % of the mean of its diagonal, so that channels that calibration never excited count a little."""
+    return _raise_diagonal(hessian, max(_DAMPING * float(hessian.diagonal().mean()), 1e-30), hessian.dtype)
+
+
+def cholesky(hessian: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor of H, fp64; of H with a larger diagonal where H is not positive.
+
+    Raises:
+        ValueError: If no diagonal helps.
+    """
+    mean = float(hessian.diagonal().mean())
+    for damping in (0.0, 0.01, 0.1, 1.0):
+        lower, info = torch.linalg.cholesky_ex(_raise_diagonal(hessian, damping * mean, torch.float64))
+        if int(info) == 0:
+            return lower
+    raise ValueError("the second moments of the inputs are not positive; calibrate on other text.")
+
+
+def feedback_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of H⁻¹, fp32: row i says what an error of channel i does to those after it.
+
+    With J turning the order round and J H J = L Lᵀ it is J L⁻¹ J: H⁻¹ itself, as large as H in fp64, is not needed.
+    """
+    lower = cholesky(hessian.flip(0, 1))
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, inverse, upper=False)
+    return inverse.float().flip(0, 1)
+
+
+def _raise_diagonal(matrix: torch.Tensor, by: float, dtype: torch.dtype) -> torch.Tensor:
+    raised = matrix.to(dtype, copy=True)
+    raised.diagonal().add_(by)
+    return raised
+
+
+class _Problem:
+    """V as rows of channels [in, groups · g], H in the same order; the padding of the last group costs nothing."""
+
+    def __init__(self, vectors: torch.Tensor, hessian: torch.Tensor, out_features: int) -> None:
+        self.vectors, self.hessian, self.out = vectors, hessian, out_features
+
+    def decode(self, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """V̂ [in, groups · g]; the padding is made equal to V's, zero."""
+        values = codebook[codes].flatten(1)
+        values[:, self.out :] = 0
+        return values
+
+    def loss(self, codebook: torch.Tensor, codes: torch.Tensor) -> float:
+        rest = self.vectors - self.decode(codebook, codes)
+        return float(((self.hessian @ rest) * rest).sum(dtype=torch.float64))
+
+    def carry(self, nearest: Nearest) -> torch.Tensor:
+        """Codes of one pass of error feedback, channel by channel."""
+        size, factor = len(self.vectors), feedback_factor(self.hessian)
+        left = self.vectors.clone()
+        codes = torch.empty(size, left.shape[1] // nearest.dim, dtype=torch.int64, device=left.device)
+        for start in range(0, size, _BLOCK):
+            stop = min(start + _BLOCK, size)
+            errors = torch.empty(stop - start, left.shape[1], device=left.device)
+            for i in range(start, stop):
+                codes[i] = nearest(left[i].view(-1, nearest.dim))
+                error = (left[i] - nearest.centroids[codes[i]].flatten()) / factor[i, i]
+                error[self.out :] = 0
+                errors[i - start] = error
+                left[i + 1 : stop] -= torch.outer(factor[i, i + 1 : stop], error)
+            left[stop:] -= factor[start:stop, stop:].t() @ errors
+        return codes
+
+    def revisit(self, codebook: torch.Tensor, codes: torch.Tensor, nearest: Nearest) -> torch.Tensor:
+        """Codes after each channel in turn took what is best for it."""
+        codes = codes.clone()
+        values = self.decode(codebook, codes)
+        slope = self.hessian @ (self.vectors - values)
+        diagonal = self.hessian.diagonal()
+        for start in range(0, len(codes), _BLOCK):
+            stop = min(start + _BLOCK, len(codes))
+            own = self.hessian[start:stop, start:stop]
+            moved = torch.zeros(stop - start, values.shape[1], device=values.device)
+            for i in range(start, stop):
+                wanted = values[i] + slope[i] / diagonal[i]
+                codes[i] = nearest(wanted.view(-1, nearest.dim))
+                new = codebook[codes[i]].flatten()
+                new[self.out :] = 0
+                moved[i - start] = values[i] - new
+                values[i] = new
+                slope[i + 1 : stop] += torch.outer(own[i - start, i + 1 - start :], moved[i - start])
+            # Channels before this block are done; their slope is not needed again.
+            slope[stop:] += self.hessian[stop:, start:stop] @ moved
+        return codes
+
+    def settle(self, codebook: torch.Tensor, codes: torch.Tensor, steps: int) -> torch.Tensor:
+        """The codebook that minimises L for these codes, by conjugate gradients from the present one."""
+        flat = codes.flatten()
+
+        def gather(matrix: torch.Tensor) -> torch.Tensor:
+            matrix[:, self.out :] = 0
+            total = torch.zeros_like(codebook)
+            return total.index_add_(0, flat, matrix.view(-1, codebook.shape[1]))
+
+        def curvature(direction: torch.Tensor) -> torch.Tensor:
+            return gather(self.hessian @ self.decode(direction, codes))
+
+        # Preconditioned by the diagonal of the curvature's own part: Σ H_ii over the vectors of a centroid.
+        scale = torch.zeros(len(codebook), device=codebook.device)
+        diagonal = self.hessian.diagonal().repeat_interleave(codes.shape[1])
+        scale.index_add_(0, flat, diagonal)
+        scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))[:, None]
+        best = codebook.clone()
+        rest = gather(self.hessian @ (self.vectors - self.decode(codebook, codes)))
+        z = scale * rest
+        direction, power = z.clone(), float((rest * z).sum(dtype=torch.float64))
+        first = power
+        for _ in range(steps):
+            if power <= 1e-8 * first:
+                break
+            image = curvature(direction)
+            bend = float((direction * image).sum(dtype=torch.float64))
+            if bend <= 0:
+                break
+            best += (power / bend) * direction
+            rest -= (power / bend) * image
+            z = scale * rest
+            previous, power = power, float((rest * z).sum(dtype=torch.float64))
+            direction = z + (power / previous) * direction
+        return best

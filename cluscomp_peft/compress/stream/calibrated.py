@@ -1,0 +1,143 @@
+"""Compressing by calibration text: activations pass from block to block, on disk, while the blocks are compressed.
+
+    dense.0 ──► dense block i ──► dense.1               targets of block i, inputs of the dense block i + 1
+    compressed.0 ──► compressed block i ──► compressed.1
+
+A block needs what the one before it hands on, so blocks are compressed in turn, by one process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...codes import ClusterSpec
+from ...linear import ClusteredLinear
+from ..calibration.activations import Stream
+from ..calibration.blocks import BlockModel
+from ..matrix.block import BlockSettings, compress_block
+from .journal import Journal
+
+__all__ = ["CalibratedBlocks", "Calibration"]
+
+_BATCH_TOKENS = 4096
+_BATCHES = 8  # at least, where there are as many sequences: one of them is held out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens to compress by.
+
+    Args:
+        windows (`torch.Tensor`): [sequences, length] int64.
+        device (`torch.device`): Where.
+    """
+
+    windows: torch.Tensor
+    device: torch.device
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        sequences, length = self.windows.shape
+        return list(self.windows.split(max(1, min(_BATCH_TOKENS // length, sequences // _BATCHES))))
+
+    @property
+    def held_out(self) -> int:
+        """Batches at the end that nothing is fitted to, as long as there are more: an eighth, one at least."""
+        return max(1, len(self.batches) // 8)
+
+    @property
+    def fitted(self) -> list[torch.Tensor]:
+        """The batches that codes and codebooks are fitted to."""
+        return self.batches[: max(1, len(self.batches) - self.held_out)]
+
+    def dtype(self, stored: torch.dtype) -> torch.dtype:
+        """To compute in: fp32 on CPUs, where half precision is slow and lacks operations."""
+        return torch.float32 if self.device.type == "cpu" else stored
+
+
+class CalibratedBlocks:
+    """The blocks and the activations at their boundaries.
+
+    Two files a stream, written in turn: what a block reads is never what it writes, so a block that was interrupted
+    finds its inputs as they were.
+
+    Args:
+        model ([`BlockModel`]): The model, a block of which is in memory at a time.
+        journal ([`Journal`]): Of the folder that holds the streams; says whether they are there.
+        calibration ([`Calibration`]): Tokens.
+    """
+
+    def __init__(self, model: BlockModel, journal: Journal, calibration: Calibration) -> None:
+        self.model, self.calibration = model, calibration
+        batches = calibration.batches
+        self.held_out = calibration.held_out
+        with torch.no_grad():
+            # Also on resuming: the stem notes the arguments of the blocks, which differ by the size of a batch alone.
+            example = self.model.stem(batches[0])
+            self.model.stem(batches[-1])
+        shape = ([len(batch) for batch in batches], *example.shape[1:], self.model.dtype)
+        self.dense, self.compressed = (
+            [Stream(os.path.join(journal.folder, f"{name}.{turn}"), *shape) for turn in (0, 1)]
+            for name in ("dense", "compressed")
+        )
+        if "blocks_ready" not in journal.content:
+            with torch.no_grad():
+                for streams in (self.dense, self.compressed):
+                    streams[0].write(self.model.stem(batch) for batch in batches)
+            journal.commit(blocks_ready=True)
+
+    def compress(
+        self, index: int, specs: dict[str, ClusterSpec], settings: BlockSettings, progress: Callable[[int], object]
+    ) -> tuple[dict[str, ClusteredLinear], dict[str, Any]]:
+        """Block `index`; afterwards the activations behind it are on disk."""
+        now, then = index % 2, 1 - index % 2
+        model, device = self.model, self.model.device
+        with torch.no_grad(), model.loaded(index):
+            self.dense[then].write(model.run(index, part.to(device)) for part in self.dense[now])
+            layers: dict[str, ClusteredLinear] = {}
+            report: dict[str, Any] = {}
+            if specs:
+                layers, report = compress_block(
+                    model,
+                    index,
+                    specs,
+                    self.dense[now],
+                    self.compressed[now],
+                    self.dense[then],
+                    self.held_out,
+                    settings,
+                    progress,
+                )
+            self.compressed[then].write(model.run(index, part.to(device)) for part in self.compressed[now])
+        return layers, report
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Next-token loss in nats on the batches that are held out, of the dense and the compressed model."""
+        turn, batches = len(self.model) % 2, self.calibration.batches
+        result = {}
+        # A single block decides in which form the tail wants its output, and may not have run in this process.
+        with self.model.loaded(len(self.model) - 1):
+            self.model.run(len(self.model) - 1, self.dense[turn][0].to(self.model.device))
+        for name, stream in (("dense", self.dense[turn]), ("compressed", self.compressed[turn])):
+            total = tokens = 0.0
+            for number in range(len(batches) - self.held_out, len(batches)):
+                for row, hidden in zip(batches[number], stream[number], strict=True):
+                    logits = self.model.logits(row[None], hidden[None].to(self.model.device))[0, :-1].float()
+                    total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
+                    tokens += len(row) - 1
+            result[name] = total / tokens
+            if not math.isfinite(result[name]):
+                raise ValueError(
+                    f"the loss of the {name} model is NaN or infinite on the calibration text: weights outside the "
+                    "blocks are damaged, or the dtype is too narrow. Compress it with --dtype float32, or calibrate "
+                    "on other text."
+                )
+        return result

@@ -1,0 +1,150 @@
+"""A dense checkpoint on disk becomes clustered shards on disk, one block in memory at a time.
+
+    without calibration    every unit is read, clustered and written by itself: matrices beside each other where cores
+                           are idle, units in several processes where the user wants it         (`shard`, `workers`)
+    with calibration       measure      sensitivities, one pass forward and one back            (only to allocate bits)
+                           per block    targets of the dense block → clustering with error feedback → reconstruction
+                                        → shard, activations at the next boundary, journal      (`calibrated`, `block`)
+
+Work that ends early, killed or by an error, goes on at the first unit that the journal does not name, and ends with
+the bytes of a run that was never disturbed: every step depends on settings, weights and stored activations alone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...codes import ClusterSpec, combine_fingerprints
+from ..calibration.blocks import BlockModel, find_blocks
+from ..matrix.block import BlockSettings
+from .calibrated import CalibratedBlocks, Calibration
+from .journal import Journal
+from .shards import TOGETHER, Job, compress_unit, small_memory, trim_memory, write_shard
+from .source import DenseCheckpoint
+from .units import Unit, split_into_units
+from .workers import Progress, compress_in_workers
+
+__all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
+
+
+@small_memory()
+def compress_shards(
+    model: nn.Module,
+    source: DenseCheckpoint,
+    specs: dict[str, ClusterSpec],
+    journal: Journal,
+    *,
+    settings: BlockSettings,
+    dtype: torch.dtype,
+    devices: list[torch.device],
+    calibration: Calibration | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Writes every tensor of the source, clustered where `specs` says so, as shards into the journal's folder.
+
+    Args:
+        model: The dense model with its parameters on the meta device, buffers real.
+        source ([`DenseCheckpoint`]): Its weights.
+        specs: Layer name to spec.
+        journal ([`Journal`]): Of the folder; says what is done already.
+        settings ([`BlockSettings`]): Of the clustering.
+        dtype (`torch.dtype`): Of floating-point tensors that stay dense.
+        devices (`list[torch.device]`): Where matrices are clustered that are clustered by themselves; worker i takes
+            the i-th, counted round.
+        calibration ([`Calibration`], *optional*): Compress block by block on these tokens.
+        workers (`int`): Processes, without calibration.
+
+    Returns:
+        `dict`: shards (file name → keys with bytes), matrices, fingerprints, blocks, losses, seconds, and memory, the
+        bytes that workers held at most.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights, or a weight cannot be clustered.
+        ChildProcessError: If a worker died.
+    """
+    units = split_into_units(model, source, specs)
+    job = Job(source, journal.folder, settings, dtype)
+    blocks = None
+    if calibration is not None:
+        _check_blocks(model, source, units)
+        if "losses" not in journal.content:
+            blocks = CalibratedBlocks(
+                BlockModel(model, source, calibration.dtype(dtype), calibration.device), journal, calibration
+            )
+    memory = 0
+    total = sum(unit.weights for unit in units)
+    with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
+        left = [unit for unit in units if unit.shard not in journal.content.get("done", {})]
+        bar.update(total - sum(unit.weights for unit in left))
+
+        def finished(unit: Unit, report: dict[str, Any]) -> None:
+            source.refuse_changes()
+            journal.commit(done={**journal.content.get("done", {}), unit.shard: report})
+            trim_memory()
+
+        if workers > 1 and blocks is None:
+            memory = compress_in_workers(left, job, workers, devices, bar.update, finished)
+            left = []
+        for unit in left:
+            if unit.index is not None and blocks is not None:
+                # Also a block that stays dense: the next one needs what it hands on.
+                finished(unit, _compress_block(blocks, unit, job, bar.update))
+            else:
+                finished(unit, compress_unit(unit, job, devices[0], bar.update))
+    if blocks is not None:
+        assert calibration is not None
+        # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
+        whole = all(name.startswith(f"{blocks.model.prefix}.") for name in specs)
+        held_out = len(calibration.fitted) < len(calibration.batches)
+        journal.commit(losses=blocks.losses() if whole and held_out else {})
+    done = journal.content["done"]
+    return {**_collected({unit.shard: done[unit.shard] for unit in units}, journal), "memory": memory}
+
+
+def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
+    """Digest of all codes, in the order of the model's layers."""
+    return combine_fingerprints(fingerprints[name] for name, _ in model.named_modules() if name in fingerprints)
+
+
+def _check_blocks(model: nn.Module, source: DenseCheckpoint, units: list[Unit]) -> None:
+    found = find_blocks(model)
+    if found is None:
+        return  # which BlockModel says
+    empty = len(found[1]) - sum(unit.index is not None for unit in units)
+    if empty:
+        raise ValueError(
+            f"{source.folder} has no weights of its own for {empty} blocks, which share those of others; "
+            "compress it without --calibration."
+        )
+
+
+def _compress_block(blocks: CalibratedBlocks, unit: Unit, job: Job, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    assert unit.index is not None
+    specs = {matrix.name: matrix.spec for matrix in unit.matrices}
+    layers, report = blocks.compress(unit.index, specs, job.settings, progress)
+    return write_shard(unit, layers, job, report, started)
+
+
+def _collected(reports: dict[str, dict[str, Any]], journal: Journal) -> dict[str, Any]:
+    matrices = {layer: entry for report in reports.values() for layer, entry in report["matrices"].items()}
+    fingerprints = {layer: digest for report in reports.values() for layer, digest in report["fingerprints"].items()}
+    kept = ("error_before", "error_after", "epochs", "seconds")
+    blocks = {
+        report["block"]: {key: report[key] for key in kept}
+        for report in reports.values()
+        if report.get("error_before") is not None
+    }
+    return {
+        "shards": {name: report["keys"] for name, report in reports.items()},
+        "matrices": matrices,
+        "fingerprints": fingerprints,
+        "blocks": blocks,
+        "losses": journal.content.get("losses", {}),
+        "seconds": sum(report["seconds"] for report in reports.values()),
+    }

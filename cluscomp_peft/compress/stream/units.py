@@ -1,0 +1,146 @@
+"""What a checkpoint is made of: a unit for each block, then pieces of everything else; a unit becomes a shard.
+
+A unit says all that clustering it takes besides the weights, without the model that it was read off: it is a few
+numbers and names, which another process can be given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...codes import ClusterSpec
+from ...linear import weight_of
+from ..calibration.blocks import find_blocks
+from .source import DenseCheckpoint
+
+__all__ = ["Matrix", "Unit", "read_matrix", "split_into_units"]
+
+_SHARD_BYTES = 1 << 26  # of tensors outside the blocks; one tensor may be larger
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that is clustered.
+
+    Args:
+        name (`str`): Of the layer in the model.
+        key (`str`): Of the weight in the checkpoint.
+        spec ([`ClusterSpec`]): How it is stored.
+        shape (`tuple[int, int]`): [out, in].
+        conv1d (`bool`): The checkpoint holds it as [in, out].
+    """
+
+    name: str
+    key: str
+    spec: ClusterSpec
+    shape: tuple[int, int]
+    conv1d: bool
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one shard holds.
+
+    Args:
+        shard (`str`): Name of its file.
+        keys (`list[str]`): Of the tensors of the source that go into it.
+        matrices (`list[Matrix]`): Those of them that are clustered, in the order of the model.
+        index (`int`, *optional*): Of the block, if it is one. block (`str`, *optional*): The name of that block.
+    """
+
+    shard: str
+    keys: list[str]
+    matrices: list[Matrix]
+    index: int | None = None
+    block: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """Weights that are clustered."""
+        return sum(matrix.weights for matrix in self.matrices)
+
+
+def split_into_units(model: nn.Module, source: DenseCheckpoint, specs: dict[str, ClusterSpec]) -> list[Unit]:
+    """Blocks first, in turn, each a unit; then everything else, in pieces.
+
+    Blocks without a tensor of their own, which share those of others, are left out.
+
+    Raises:
+        ValueError: If the checkpoint lacks a weight that `specs` names.
+    """
+    found = find_blocks(model)
+    owners: dict[str, int] = {}
+    if found is not None:
+        prefix, blocks = found
+        for index, block in enumerate(blocks):
+            for name in block.state_dict():
+                key = source.find(f"{prefix}.{index}.{name}")
+                if key is not None:
+                    owners[key] = index
+    count = 0 if found is None else len(found[1])
+    parts: dict[int | None, list[list[str]]] = {number: [[]] for number in range(count)}
+    rest: list[list[str]] = []
+    size = _SHARD_BYTES
+    for key in source.shapes:
+        if key in owners:
+            parts[owners[key]][0].append(key)
+            continue
+        if size + source.num_bytes(key) > _SHARD_BYTES:
+            rest.append([])
+            size = 0
+        rest[-1].append(key)
+        size += source.num_bytes(key)
+    parts[None] = rest
+    pieces = [(owner, keys) for owner, lists in parts.items() for keys in lists if keys]
+    matrices = [_matrix(model, source, name, spec) for name, spec in specs.items()]
+    units = []
+    for number, (owner, keys) in enumerate(pieces):
+        held = set(keys)
+        units.append(
+            Unit(
+                shard=f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors",
+                keys=keys,
+                matrices=[matrix for matrix in matrices if matrix.key in held],
+                index=owner,
+                block=None if owner is None or found is None else f"{found[0]}.{owner}",
+            )
+        )
+    return units
+
+
+def read_matrix(source: DenseCheckpoint, matrix: Matrix) -> torch.Tensor:
+    """The dense weight [out, in] as it is stored."""
+    weight = source.read(matrix.key)
+    return weight.t() if matrix.conv1d else weight
+
+
+def _matrix(model: nn.Module, source: DenseCheckpoint, name: str, spec: ClusterSpec) -> Matrix:
+    key = source.weight_key(name)
+    if key is None:
+        raise ValueError(_absent(source, name, type(model).__name__))
+    dense = model.get_submodule(name)
+    out, inputs = weight_of(dense).shape
+    return Matrix(name, key, spec, (out, inputs), isinstance(dense, Conv1D))
+
+
+def _absent(source: DenseCheckpoint, name: str, kind: str) -> str:
+    """Why a weight cannot be taken from a checkpoint."""
+    other = source.find(f"{name}.weight")
+    if other is not None:
+        return (
+            f"{source.folder} stores {name}.weight as {other}, and transformers renames weights of that name, but not "
+            "codes; leave the layer dense with exclude_modules."
+        )
+    return (
+        f"{source.folder} lacks {name}.weight of {kind}, the class that its config.json names. If another tensor "
+        "holds it together with other weights, it cannot be clustered: leave it dense with exclude_modules. If not, "
+        "the weights are of another model or another class, or a file is missing."
+    )

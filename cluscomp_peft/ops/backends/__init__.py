@@ -1,0 +1,1 @@
+"""The ops on each kind of device: the reference, which runs everywhere, and what is faster."""

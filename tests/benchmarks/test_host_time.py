@@ -1,0 +1,18 @@
+"""The benchmark of what a call costs beside its kernels, in a process of its own: it takes the kernels away."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "recipes/benchmarks/host_time.py"
+
+
+def test_it_times_every_way_through_a_layer(tmp_path):
+    command = [sys.executable, SCRIPT, "--calls", "20", "--output", tmp_path / "found"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["microseconds"]
+    assert list(found) == ["frozen", "adapted", "forward", "training"] and found["training"] > found["forward"] > 0

@@ -1,0 +1,51 @@
+"""recipes/benchmarks/training_speed.py, tiny: it runs, and holds what it measured against its targets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import RECIPES
+
+BENCHMARKS = RECIPES / "benchmarks"
+TINY = "--hidden 64 --intermediate 128 --layers 1 --heads 2 --kv-heads 2 --vocab 64 --length 16".split()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("training_speed")
+
+
+def test_all_methods_take_turns(script, monkeypatch, capsys):
+    written = {}
+    monkeypatch.setattr(script, "child_peak", lambda method, *_, **__: 100 if method == "nf4" else 90)
+    monkeypatch.setattr(
+        script, "forecast_training", lambda shape, method, *_, **__: 92 if "cluscomp" in method else None
+    )
+    monkeypatch.setattr(script, "write_results", lambda name, content: written.update(content, name=name))
+    methods = ["--methods", "dense", "nf4", "cluscomp-3"]
+    rounds = ["--rounds", "2", "--token-rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", *TINY, *methods, *rounds, "--checkpointing", "off", "on"])
+    script.main()
+    assert written["name"] == "training_speed" and len(written["rows"]) == 6
+    for row in written["rows"]:
+        assert all(row[key] > 0 for key in ("step", "peak", "token", "linears", "step / dense", "token / nf4"))
+    assert [row["checkpointing"] for row in written["rows"]] == [False] * 3 + [True] * 3
+    found = {verdict["target"]: verdict for verdict in written["targets"] if not verdict["checkpointing"]}
+    assert found["peak / NF4 + LoRA r 16"]["value"] == 0.9 and found["peak / NF4 + LoRA r 16"]["met"]
+    assert found["forecast, error"]["value"] == pytest.approx(2 / 90)
+    output = capsys.readouterr().out
+    assert "ClusComp 3 bits, checkpoints" in output and "target 1.15" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
+def test_a_process_of_its_own_measures_the_peak():
+    command = [sys.executable, str(BENCHMARKS / "training_speed.py"), *TINY, "--job", "cluscomp-3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout.strip().splitlines()[-1]) < 300e6

@@ -1,0 +1,52 @@
+"""Lets tests run the ops on a backend of their choice, Triton's kernels in its interpreter among them.
+
+The interpreter must be asked for before Triton is imported, so it needs a process of its own: a file of tests that
+takes its backends from here is run once more by [`run_in_the_interpreter`]. The interpreter rounds to bf16 by
+truncation and cannot multiply bf16 tiles, so fp16 stands for both 16-bit dtypes there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluscomp_peft import ops
+from cluscomp_peft.ops import direct
+
+__all__ = ["BACKENDS", "DTYPES", "INTERPRETED", "needs_triton", "run_in_the_interpreter", "use_backend"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "cuda"}
+
+needs_triton = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="no Triton here, or running in it already"
+)
+
+
+def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Tensors on the CPU go to the backend `name` of [`BACKENDS`] from now on."""
+    module = importlib.import_module(f"cluscomp_peft.ops.backends.{_MODULES[name]}")
+    linear = direct.owned(module.linear)
+    kernels = (linear, module.decode, module.codebook_grad)
+    backend = direct._Backend(*kernels, lambda *_: None, lambda *_: False)
+    monkeypatch.setattr(direct, "_on_cpu", lambda: backend)
+    for op, kernel in zip((ops.LINEAR, ops.DECODE, ops.CODEBOOK_GRAD), kernels, strict=True):
+        monkeypatch.setitem(op._backend_fns, "cpu", kernel)
+
+
+def run_in_the_interpreter(path: str, *options: str) -> None:
+    """Runs a file of tests in a process whose Triton interprets its kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *options, path]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
