@@ -1,7 +1,13 @@
-"""Nearest centroids for a few vectors at a time, the codebook staying the same: what error feedback asks for.
+"""Nearest centroids channel after channel, the codebook staying the same: what error feedback asks for.
 
-Large codebooks on a CPU are cut into some √n cells of neighbouring centroids; of most cells the triangle inequality
-says that they hold nothing nearer than what is known already. Everything else is one product with the codebook.
+On a CPU one compiled loop does it all (`sweep`), threads over groups. It searches by bisection where centroids are
+single numbers, by looking at every centroid where they are few, and otherwise by a tree:
+
+    centroids ── halved along their widest side ──► leaves of 32 neighbours, in a box each; 16 leaves a branch
+    vector    ── distance to the centroid that it had, and to those of its leaf: a first bound
+              ── the centroids of all other leaves whose boxes are nearer than the bound, which falls on the way
+
+All are exact. Elsewhere, and without numba, the search is one product with the codebook for each channel.
 """
 
 from __future__ import annotations
@@ -17,14 +23,14 @@ from .engines import can_compile, give_up
 
 __all__ = ["Nearest"]
 
-_LARGE = 1024  # centroids from which cells pay
-_CELLS = 4  # times √n
+_FEW = 2048  # centroids up to which looking at all of them is fastest
+_MOST_DIM = 16  # of compiled searches
 _PRODUCTS = 1 << 24  # numbers of one product
-_PART = 64  # vectors below which a thread of their own does not pay
+_PART = 64  # groups below which a thread of their own does not pay
 
 
 class Nearest:
-    """Callable: codes [N] int64 of vectors [N, d] fp32 among `centroids` [n, d] fp32, exact.
+    """Search among `centroids` [n, d] fp32, exact; of several as near, the first.
 
     Args:
         centroids (`torch.Tensor`): [n, d] fp32.
@@ -34,53 +40,145 @@ class Nearest:
     def __init__(self, centroids: torch.Tensor, threads: int | None = None) -> None:
         self.centroids, self.dim = centroids, centroids.shape[1]
         self._threads = threads or torch.get_num_threads()
-        self._cells: tuple[np.ndarray, ...] = ()
-        if centroids.device.type == "cpu" and len(centroids) >= _LARGE and can_compile("cpu"):
-            self._cells = _cells(centroids)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        if self._cells and can_compile("cpu"):
+        """Codes [N] int64 of vectors [N, d] fp32."""
+        targets = vectors.reshape(1, -1)
+        known = torch.zeros(1, len(vectors), dtype=torch.int64, device=vectors.device)
+        return self.sweep(targets, torch.zeros(1, 1, device=vectors.device), known, True, targets.shape[1])[0][0]
+
+    def sweep(
+        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Channel i takes the centroids nearest to its targets, and moves those of each channel k behind it by
+        coupling[i, k] · e_i, where e_i = pivot_i − new_i.
+
+        Args:
+            targets (`torch.Tensor`): [channels, groups · d] fp32; may be overwritten.
+            coupling (`torch.Tensor`): [channels, channels] fp32, of which the part above the diagonal counts.
+            known (`torch.Tensor`): [channels, groups] int64, codes that are probably near.
+            carry (`bool`): The pivot is the target; without, the centroid that `known` names.
+            out_features (`int`): Columns from there on are padding: their errors are 0.
+
+        Returns:
+            Codes [channels, groups] int64 and errors e [channels, groups · d] fp32.
+        """
+        compiled = targets.device.type == "cpu" and self.dim <= _MOST_DIM
+        if compiled and can_compile("cpu"):
             try:
-                return self._probe(vectors)
+                return self._compiled(targets, coupling, known, carry, out_features)
             except MemoryError:
                 raise
             except Exception as error:
                 give_up("cpu", error)
+        return self._plain(targets, coupling, known, carry, out_features)
+
+    def _plain(
+        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, errors = torch.empty_like(known), torch.empty_like(targets)
+        half, transposed = self._product
         rows = max(1, _PRODUCTS // len(self.centroids))
-        half, transposed = self._plain
-        parts = [torch.addmm(half, part, transposed, alpha=-1).argmin(1) for part in vectors.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for i in range(len(targets)):
+            parts = targets[i].view(-1, self.dim).split(rows)
+            codes[i] = torch.cat([torch.addmm(half, part, transposed, alpha=-1).argmin(1) for part in parts])
+            pivot = targets[i] if carry else self.centroids[known[i]].flatten()
+            errors[i] = pivot - self.centroids[codes[i]].flatten()
+            errors[i, out_features:] = 0
+            targets[i + 1 :] += torch.outer(coupling[i, i + 1 :], errors[i])
+        return codes, errors
 
     @functools.cached_property
-    def _plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _product(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.centroids.square().sum(1).mul(0.5), self.centroids.t().contiguous()
 
-    def _probe(self, vectors: torch.Tensor) -> torch.Tensor:
-        from .probe import probe_cells
+    def _compiled(
+        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from .sweep import sweep_groups
 
-        probe: Any = probe_cells  # what numba makes of it has no signature
-        x, codes = vectors.contiguous().numpy(), np.empty(len(vectors), np.int64)
-        size = max(_PART, -(-len(x) // self._threads))
-        parts = [slice(first, first + size) for first in range(0, len(x), size)]
-        if len(parts) <= 1:
-            probe(x, *self._cells, codes)
-        else:
+        run: Any = sweep_groups  # what numba makes of it has no signature
+        groups = known.shape[1]
+        codes, errors = torch.empty_like(known), torch.empty_like(targets)
+        given = [part.contiguous().numpy() for part in (targets, coupling, known)]
+        way, *tables = self._tables
+
+        def work(first: int, last: int) -> None:
+            run(way, *given, carry, out_features, *tables, first, last, codes.numpy(), errors.numpy())
+
+        size = max(_PART, -(-groups // (self._threads * _PART)) * _PART)
+        parts = [(first, min(first + size, groups)) for first in range(0, groups, size)]
+        if len(parts) == 1:
+            work(*parts[0])
+        elif parts:
             with ThreadPoolExecutor(len(parts)) as pool:
-                list(pool.map(lambda part: probe(x[part], *self._cells, codes[part]), parts))
-        return torch.from_numpy(codes)
+                list(pool.map(lambda part: work(*part), parts))
+        return codes, errors
+
+    @functools.cached_property
+    def _tables(self) -> tuple[int, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+        """The way to search, centroids relative to an origin, the origin, and the arrays that `sweep_groups` takes."""
+        from .cells import candidates
+        from .sweep import BISECTION, SCAN, TREE
+
+        given = self.centroids.numpy()
+        # One of them, so that numbers on a grid stay exact.
+        origin = given[np.square(given - given.mean(0, dtype=np.float64)).sum(1).argmin()]
+        centroids = given - origin
+        n, dim = centroids.shape
+        rows, values, names = np.zeros((0, dim + 1), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
+        tree = _tree(centroids[:0])
+        if dim == 1:
+            way = BISECTION
+            values, names = np.unique(centroids[:, 0], return_index=True)
+        elif n <= _FEW:
+            way, rows = SCAN, np.empty((n, dim + 1), np.float32)
+            candidates(centroids, np.zeros(dim, np.float32), rows)
+        else:
+            way, tree = TREE, _tree(centroids)
+        return way, centroids, origin, (rows, values, names, *tree)
 
 
-def _cells(centroids: torch.Tensor) -> tuple[np.ndarray, ...]:
-    """Arguments of `probe_cells`: centers, radii, bounds, places and names."""
-    from . import kmeans
+def _tree(centroids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Leaves [L, d, LEAF], names [L, LEAF], the leaf of each centroid [n], boxes of leaves [branches, d, FAN] and of
+    branches [d, branches]; places that are left over are infinitely far away."""
+    from .sweep import FAN, LEAF
 
-    distinct = len(torch.unique(centroids, dim=0))
-    cells = max(2, min(round(_CELLS * len(centroids) ** 0.5), distinct // 2))
-    centers, codes, _ = kmeans(centroids, cells, quality="fast")
-    order = torch.argsort(codes, stable=True)
-    counts = torch.bincount(codes, minlength=len(centers))
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    away = (centroids - centers[codes]).square().sum(1).sqrt()
-    radii = torch.zeros(len(centers)).scatter_reduce_(0, codes, away, "amax")
-    parts = (centers.t().contiguous(), radii, bounds, centroids[order].t().contiguous(), order)
-    return tuple(part.numpy() for part in parts)
+    n, dim = centroids.shape
+    count = -(-n // LEAF)
+    branches = -(-count // FAN)
+    order = np.arange(n)
+    parts = [(0, count)] if n else []
+    while parts:
+        a, b = parts.pop()
+        own = order[a * LEAF : min(b * LEAF, n)]
+        if b - a == 1:
+            continue
+        middle = (b - a) // 2
+        if middle > FAN:
+            middle = middle // FAN * FAN
+        elif b - a > FAN:
+            middle = FAN
+        side = int(np.ptp(centroids[own], axis=0).argmax())
+        own[:] = own[np.argpartition(centroids[own, side], min(middle * LEAF, len(own) - 1))]
+        parts += [(a, a + middle), (a + middle, b)]
+    places = np.full((branches * FAN * LEAF, dim), np.inf, np.float32)
+    places[:n] = centroids[order]
+    names = np.full(len(places), np.iinfo(np.int32).max, np.int32)
+    names[:n] = order
+    leaf_of = np.empty(n, np.int64)
+    leaf_of[order] = np.arange(n) // LEAF
+    leaves = places.reshape(-1, LEAF, dim)
+    # Of places that are left over the box is empty: infinitely far away as well.
+    low = leaves.min(1, initial=np.inf)
+    high = np.where(np.isinf(leaves), -np.inf, leaves).max(1, initial=-np.inf)
+    low, high = low.reshape(-1, FAN, dim), high.reshape(-1, FAN, dim)
+    return (
+        np.ascontiguousarray(leaves.transpose(0, 2, 1)),
+        names.reshape(-1, LEAF),
+        leaf_of,
+        np.ascontiguousarray(low.transpose(0, 2, 1)),
+        np.ascontiguousarray(high.transpose(0, 2, 1)),
+        np.ascontiguousarray(low.min(1, initial=np.inf).T),
+        np.ascontiguousarray(high.max(1, initial=-np.inf).T),
+    )

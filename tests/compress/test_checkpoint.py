@@ -17,8 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -39,7 +37,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear, linear
 from cluscomp_peft.cli import main
-from cluscomp_peft.clustering.search import Nearest
 from cluscomp_peft.codes import unpack
 from cluscomp_peft.compress.calibration.activations import Stream
 from cluscomp_peft.compress.calibration.blocks import BlockModel
@@ -799,54 +796,6 @@ def test_a_size_that_is_out_of_reach(size, few_megabytes, tmp_path):
         quick_config(bits=None),
         size=size,
     )
-
-
-# -- nearest centroids
-
-
-def assert_nearest(vectors: torch.Tensor, centroids: torch.Tensor, threads: int = 1) -> None:
-    codes = Nearest(centroids, threads)(vectors)
-    assert codes.shape == (len(vectors),) and codes.dtype == torch.int64
-    away = torch.cdist(vectors.double(), centroids.double()).square()
-    found = away.gather(1, codes[:, None])[:, 0]
-    # Rounding of |c|² / 2 − x·c, as large as its terms.
-    slack = 1e-5 * (vectors.square().sum(1).max() + centroids.square().sum(1).max()).double()
-    assert bool((found <= away.min(1).values + slack).all())
-
-
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(
-    st.one_of(st.integers(2, 40), st.sampled_from([1023, 1024, 1025, 5000])),
-    st.integers(1, 200),
-    st.sampled_from([1, 2, 4, 7]),
-    st.integers(0, 10**6),
-    st.sampled_from(["normal", "rounded", "equal", "far away", "outliers"]),
-    st.sampled_from([1, 3]),
-)
-def test_nearest_is_brute_force(clusters, total, dim, seed, kind, threads):
-    generator = torch.Generator().manual_seed(seed)
-    centroids = torch.randn(clusters, dim, generator=generator)
-    vectors = torch.randn(total, dim, generator=generator)
-    if kind == "rounded":  # ties and duplicates
-        centroids, vectors = centroids.round(), (2 * vectors).round() / 2
-    elif kind == "equal":
-        centroids[:] = centroids[0]
-    elif kind == "far away":
-        vectors = vectors * 1e3
-    elif kind == "outliers":
-        centroids[: clusters // 10] *= 1e3
-    assert_nearest(vectors, centroids, threads)
-
-
-def test_nearest_of_duplicates_is_the_first():
-    centroids = torch.randn(1500, 3).repeat(2, 1)
-    codes = Nearest(centroids, 1)(torch.randn(300, 3))
-    assert int(codes.max()) < 1500
-
-
-def test_nearest_of_nothing():
-    for clusters in (10, 2000):
-        assert len(Nearest(torch.randn(clusters, 3), 2)(torch.empty(0, 3))) == 0
 
 
 # -- activations and checkpoints on disk

@@ -63,7 +63,7 @@ def refine_codes(
     problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
     del hessian
     found = codes[order]
-    candidate = problem.carry(Nearest(codebook, threads))
+    candidate = problem.carry(Nearest(codebook, threads), found)
     if problem.loss(codebook, candidate) < problem.loss(codebook, found):
         found = candidate
     codebook = problem.settle(codebook, found, solver_steps)
@@ -127,44 +127,33 @@ class _Problem:
         rest = self.vectors - self.decode(codebook, codes)
         return float(((self.hessian @ rest) * rest).sum(dtype=torch.float64))
 
-    def carry(self, nearest: Nearest) -> torch.Tensor:
-        """Codes of one pass of error feedback, channel by channel."""
-        size, factor = len(self.vectors), feedback_factor(self.hessian)
+    def carry(self, nearest: Nearest, known: torch.Tensor) -> torch.Tensor:
+        """Codes of one pass of error feedback, channel by channel; those of K-means are probably near."""
+        factor = feedback_factor(self.hessian)
+        factor /= factor.diagonal()[:, None].clone()
         left = self.vectors.clone()
-        codes = torch.empty(size, left.shape[1] // nearest.dim, dtype=torch.int64, device=left.device)
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
-            errors = torch.empty(stop - start, left.shape[1], device=left.device)
-            for i in range(start, stop):
-                codes[i] = nearest(left[i].view(-1, nearest.dim))
-                error = (left[i] - nearest.centroids[codes[i]].flatten()) / factor[i, i]
-                error[self.out :] = 0
-                errors[i - start] = error
-                left[i + 1 : stop] -= torch.outer(factor[i, i + 1 : stop], error)
-            left[stop:] -= factor[start:stop, stop:].t() @ errors
+        codes = torch.empty_like(known)
+        for start in range(0, len(left), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            own, behind = factor[block, block], factor[block, start + _BLOCK :]
+            codes[block], errors = nearest.sweep(left[block], -own, known[block], True, self.out)
+            left[start + _BLOCK :] -= behind.t() @ errors
         return codes
 
     def revisit(self, codebook: torch.Tensor, codes: torch.Tensor, nearest: Nearest) -> torch.Tensor:
         """Codes after each channel in turn took what is best for it."""
-        codes = codes.clone()
+        found = torch.empty_like(codes)
         values = self.decode(codebook, codes)
-        slope = self.hessian @ (self.vectors - values)
-        diagonal = self.hessian.diagonal()
+        diagonal = self.hessian.diagonal()[:, None]
+        wanted = values + (self.hessian @ (self.vectors - values)) / diagonal
+        del values
         for start in range(0, len(codes), _BLOCK):
-            stop = min(start + _BLOCK, len(codes))
-            own = self.hessian[start:stop, start:stop]
-            moved = torch.zeros(stop - start, values.shape[1], device=values.device)
-            for i in range(start, stop):
-                wanted = values[i] + slope[i] / diagonal[i]
-                codes[i] = nearest(wanted.view(-1, nearest.dim))
-                new = codebook[codes[i]].flatten()
-                new[self.out :] = 0
-                moved[i - start] = values[i] - new
-                values[i] = new
-                slope[i + 1 : stop] += torch.outer(own[i - start, i + 1 - start :], moved[i - start])
-            # Channels before this block are done; their slope is not needed again.
-            slope[stop:] += self.hessian[stop:, start:stop] @ moved
-        return codes
+            block, behind = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            own = (self.hessian[block, block] / diagonal[block]).t()  # of channel i on k: H_ki / H_kk
+            found[block], moved = nearest.sweep(wanted[block], own, codes[block], False, self.out)
+            # Channels before this block are done; what is best for them is not needed again.
+            wanted[behind] += (self.hessian[behind, block] / diagonal[behind]) @ moved
+        return found
 
     def settle(self, codebook: torch.Tensor, codes: torch.Tensor, steps: int) -> torch.Tensor:
         """The codebook that minimises L for these codes, by conjugate gradients from the present one."""
