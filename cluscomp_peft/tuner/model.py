@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from ..codes import ClusterSpec
+from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
 from ..compress.budget.targets import dense_linears, refuse_fused_experts
 from ..layout import expand
@@ -87,7 +88,8 @@ class ClusCompModel(BaseTuner):
             self._made, self._replaced = {}, []
         if not self.peft_config[adapter_name].expects_weights and os.environ.get("LOCAL_RANK", "0") == "0":
             names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
-            print(coverage_line(model, names, done="adapted", rest="not adapted"), file=sys.stderr)
+            reasons = {**computed_with(model), **handed_to_kernels(model)}
+            print(coverage_line(model, names, reasons=reasons, done="adapted", rest="not adapted"), file=sys.stderr)
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
@@ -105,8 +107,8 @@ class ClusCompModel(BaseTuner):
         return peft_config
 
     def _default_targets(self, config: ClusCompConfig) -> set[str]:
-        """Every clustered layer; on a dense model every linear layer but heads. Layers filter applied here, because
-        PEFT does not apply it to full names."""
+        """Every clustered layer; on a dense model every linear layer but heads; none that is not called. Layers filter
+        applied here, because PEFT does not apply it to full names."""
         model = self.model
         layers = {name for name, module in model.named_modules() if isinstance(module, ClusCompLayer)}
         layers |= {
@@ -117,6 +119,7 @@ class ClusCompModel(BaseTuner):
         if not layers:
             refuse_fused_experts(model)
             layers = {name for name, _ in dense_linears(model)}
+        layers -= computed_with(model).keys() | handed_to_kernels(model).keys()
         if not layers:
             raise ValueError(f"{type(model).__name__} has no linear layer to adapt; name some in target_modules.")
         if config.layers_to_transform is not None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
 from ..compress.budget.allocation import CODEBOOK_DTYPES, choose_spec
+from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.matrix.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
 from ..offloading import offload_hook
@@ -37,6 +38,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
             f"target_modules names dense layers ({dense[0]}) beside clustered ones ({clustered[0]}); an adapter "
             "is on one kind of base. Train a dense layer of a compressed model whole, through modules_to_save."
         )
+    _refuse_not_called(model, config, layers)
     for name, module in model.named_modules():
         if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
             raise ValueError(
@@ -150,6 +152,21 @@ def spec_of(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusterSpec:
         return clustering_of(name, *weight_shape(dense), config, codebook_dtype(dense, config))
     spec = clustering_of(name, *weight_shape(dense), config, torch.float32)
     return ClusterSpec(spec.group_size, spec.num_clusters)
+
+
+def _refuse_not_called(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
+    """Raises a ValueError for layers that the model computes with by itself; a saved adapter may have some that only
+    a kernel takes in training."""
+    reasons = computed_with(model)
+    if not config.expects_weights:
+        reasons = {**reasons, **handed_to_kernels(model)}
+    named = [name for name in layers if name in reasons]
+    if named:
+        raise ValueError(
+            f"target_modules names {named[0]}{f' and {len(named) - 1} more' if named[1:] else ''}, where an adapter "
+            f"has no effect: {reasons[named[0]]}. Leave the layer out of target_modules, or name it in "
+            "exclude_modules."
+        )
 
 
 def _check_same_codes(name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:

@@ -7,7 +7,7 @@ lm_head 0.4 % (output head)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -23,6 +23,7 @@ def coverage_line(
     chosen: Collection[str],
     *,
     excluded: Collection[str] = (),
+    reasons: Mapping[str, str] | None = None,
     done: str = "clustered",
     rest: str = "dense",
 ) -> str:
@@ -32,6 +33,7 @@ def coverage_line(
         model (`nn.Module`): Dense or clustered, with or without adapters; on any device.
         chosen: Names of the layers that are clustered.
         excluded: Names of layers that the user left out.
+        reasons (*optional*): Why further layers are left out, by name.
         done (`str`): What the chosen ones are. rest (`str`): What the others are.
     """
     total = covered = 0
@@ -42,7 +44,8 @@ def coverage_line(
         if name in chosen:
             covered += weight.weights
         elif weight.weights:
-            reason = "in exclude_modules" if name in excluded else weight.reason or "not in target_modules"
+            reason = weight.reason or (reasons or {}).get(name) or "not in target_modules"
+            reason = "in exclude_modules" if name in excluded else reason
             key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
             groups[key] = groups.get(key, 0) + weight.weights
     line = f"linear weights: {covered:,} of {total:,} {done} ({_share(covered, total)})"

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from ...linear import ClusteredLinear, is_dense_linear
+from .called import computed_with
 
 __all__ = ["LinearWeight", "dense_linears", "linear_weights", "refuse_fused_experts", "refuse_linears_of_their_own"]
 
@@ -55,6 +56,7 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
     sources = set(tied.values())
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(output), id(getattr(output, "base_layer", output))}
+    computed = computed_with(model)
     found: list[LinearWeight] = []
     seen: set[int | str] = set()
     for name, module in model.named_modules():
@@ -75,6 +77,8 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
                 reason = f"{type(module).__name__} computes something else than nn.Linear"
             elif owners[id(weight)] != 1 or key in tied or key in sources:
                 reason = "shares its weight with another module"
+            elif name.removesuffix(".base_layer") in computed:
+                reason = computed[name.removesuffix(".base_layer")]
             elif blocks and not name.startswith(blocks):
                 reason = _OUTSIDE
             found.append(LinearWeight(name, module, size, reason))
@@ -90,8 +94,8 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the dense linear layers to cluster, in the order of the model.
 
     Those inside lists of blocks (`nn.ModuleList`), which leaves out output heads, poolers and projections of
-    embeddings; every one in a model without such lists. Layers whose weight is shared with another module, or is
-    computed (by pruning or a parametrisation), are left out as well.
+    embeddings; every one in a model without such lists. Layers whose weight is shared with another module, is
+    computed (by pruning or a parametrisation), or is computed with instead of being called, are left out as well.
     """
     for weight in linear_weights(model):
         if weight.reason is None and not isinstance(weight.module, ClusteredLinear):
