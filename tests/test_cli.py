@@ -259,7 +259,7 @@ def test_an_interrupted_compression_leaves_nothing_behind(tmp_path, dense_dir, c
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluscomp_peft.compress.stream.shards.cluster_codes", interrupt)
+    monkeypatch.setattr("cluscomp_peft.compress.policy.Policy.cluster", interrupt)
     assert main(["compress", dense_dir, str(tmp_path / "out"), "--bits", "6"]) == 130
     assert "cluscomp compress: interrupted" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear, ops
 from cluscomp_peft.codes import ClusterSpec
-from cluscomp_peft.compress.matrix.cluster import cluster_linear
+from cluscomp_peft.compress.policy import Policy
 
 SPEC = ClusterSpec(2, 12, scale_in=True)
 KINDS = {"born": {}, "dense": dict(base="dense")}
@@ -51,7 +51,7 @@ def no_decoding(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_questions_are_answered_as_the_dense_layer_would_for_nothing(dtype, bias, no_decoding):
     dense = nn.Linear(12, 10, bias=bias, dtype=dtype)
-    layer = cluster_linear(dense, SPEC)
+    layer = Policy().cluster("layer", dense, SPEC)
     for other in (torch.float32, torch.bfloat16):
         weight = layer.weight
         assert isinstance(weight, torch.Tensor) and layer.codebook.dtype != torch.float64
@@ -63,7 +63,7 @@ def test_questions_are_answered_as_the_dense_layer_would_for_nothing(dtype, bias
 
 @each_dtype
 def test_computing_with_it_is_computing_with_the_decoded_weight(dtype):
-    layer = cluster_linear(nn.Linear(12, 10, dtype=dtype), SPEC)
+    layer = Policy().cluster("layer", nn.Linear(12, 10, dtype=dtype), SPEC)
     x = torch.randn(3, 12, dtype=dtype, requires_grad=True)
     weight = layer.decode(dtype)
     expected = F.linear(x, weight)
@@ -137,7 +137,7 @@ def test_t5_computes_as_it_does_dense(dtype, tmp_path):
 
 
 def test_a_compiler_sees_a_dtype_and_no_break():
-    layer = cluster_linear(nn.Linear(12, 10, dtype=torch.bfloat16), SPEC)
+    layer = Policy().cluster("layer", nn.Linear(12, 10, dtype=torch.bfloat16), SPEC)
     x = torch.randn(3, 12)
     torch.compiler.reset()
     compiled = torch.compile(lambda x: layer(x.to(layer.weight.dtype)), fullgraph=True, backend="aot_eager")

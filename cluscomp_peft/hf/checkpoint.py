@@ -20,7 +20,6 @@ from ..compress.stream.source import renaming_of
 from ..layout import expand
 from ..linear import weight_shape
 from .architecture import empty_model
-from .choice import coverage_of
 from .config import ClusCompQuantizationConfig
 
 __all__ = [
@@ -103,7 +102,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
         "relative_error": _error(report["summary"]),
-        "coverage": coverage_of(model, quantization, [matrix.name for matrix in matrices]),
+        "coverage": quantization.policy.coverage(model, [matrix.name for matrix in matrices]),
     }
     return matrices, totals
 

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ from .architecture import (
     write_generation_config,
 )
 from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
-from .choice import chosen_layers, coverage_of
 from .config import ClusCompQuantizationConfig
 from .model_card import model_card
 from .report_page import render_report
@@ -121,10 +121,9 @@ def compress_checkpoint(
     kept = stored_dtype(dtype, model_config, dense)
     if config.target_modules is None:
         refuse_linears_of_their_own(model)
-    layers = chosen_layers(model, config)
-    settings = BlockSettings(
-        config.dtype, config.quality, config.seed, feedback, epochs, learning_rate, torch.get_num_threads()
-    )
+    policy = replace(config.policy, size=size)
+    layers = policy.targets(model)
+    settings = BlockSettings(policy, feedback, epochs, learning_rate, torch.get_num_threads())
     given = None
     if calibration is not None:
         windows = calibration_windows(model, tokenizer, source, calibration, samples, seqlen)
@@ -153,7 +152,7 @@ def compress_checkpoint(
         if tokenizer is not None:
             with disk_errors(work):
                 tokenizer.save_pretrained(work)
-        specs = specs_of_run(model, layers, config, dense, kept, journal, given, size)
+        specs = specs_of_run(model, layers, policy, dense, kept, journal, given)
         result = compress_shards(
             model,
             dense,
@@ -183,7 +182,7 @@ def compress_checkpoint(
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
-            "coverage": coverage_of(model, config, layers),
+            "coverage": policy.coverage(model, layers),
         }
         model_config.dtype = kept
         _finish(work, name, folder, model, model_config, config, specs, result, summary)

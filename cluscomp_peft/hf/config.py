@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress.budget.allocation import CODEBOOK_DTYPES, check_settings
+from ..compress.policy import CODEBOOK_DTYPES, DTYPE_ON_DISK, Policy
 
 __all__ = ["FORMAT_VERSION", "ClusCompQuantizationConfig"]
 
@@ -47,7 +47,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
     group_size: int | None = None
     num_clusters: int | None = None
     scales: bool | None = None
-    codebook_dtype: str = "float16"
+    codebook_dtype: str = DTYPE_ON_DISK
     seed: int = 0
     quality: str = "default"
     target_modules: list[str] | None = None
@@ -75,9 +75,25 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
                 isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
             ):
                 raise ValueError(f"{name} must be a list of names, got {str(value)[:60]!r}.")
-        if self.bits is None and self.group_size is None and self.num_clusters is None:
-            self.bits = 4.0
-        check_settings(self.bits, self.group_size, self.num_clusters, self.codebook_dtype, self.quality)
+        if self.codebook_dtype not in CODEBOOK_DTYPES:
+            known = ", ".join(CODEBOOK_DTYPES)
+            raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
+        self.bits = self.policy.bits
+
+    @property
+    def policy(self) -> Policy:
+        """What is clustered, and how."""
+        return Policy(
+            bits=self.bits,
+            group_size=self.group_size,
+            num_clusters=self.num_clusters,
+            scales=self.scales,
+            codebook_dtype=self.codebook_dtype,
+            quality=self.quality,
+            seed=self.seed,
+            target_modules=None if self.target_modules is None else tuple(self.target_modules),
+            exclude_modules=tuple(self.exclude_modules or ()),
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,13 +26,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codes import ClusterSpec, combine_fingerprints
-from ..compress.matrix.cluster import cluster_linear
 from ..compress.stream.pipeline import TOGETHER
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..offloading import hooks_of, offload_hook
 from .checkpoint import check_tensors
-from .choice import choose_specs
 from .config import ClusCompQuantizationConfig
 from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
@@ -87,7 +85,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         config = self.quantization_config
         refuse_tensor_parallel(model)
         if not self.pre_quantized:
-            self._specs = choose_specs(model, config)
+            self._specs = config.policy.specs(model)
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
             # disable=None: silent where nobody watches a terminal
             self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
@@ -177,15 +175,7 @@ class ClusCompHfQuantizer(HfQuantizer):
     def _cluster(self, name: str, dense: nn.Module, threads: int) -> tuple[ClusteredLinear, dict[str, float]]:
         """The clustered layer and its report."""
         config, started = self.quantization_config, time.perf_counter()
-        layer = cluster_linear(
-            dense,
-            self._specs[name],
-            codebook_dtype=config.dtype,
-            quality=config.quality,
-            seed=config.seed,
-            threads=threads,
-            name=name,
-        )
+        layer = config.policy.cluster(name, dense, self._specs[name], threads=threads)
         weight = weight_of(dense).float()
         return layer, {
             "true_bits": layer.true_bits,

@@ -14,12 +14,11 @@ from ..codes import ClusterSpec
 from ..compress.budget.allocation import Demand, allocate
 from ..compress.budget.sensitivity import measure_sensitivity
 from ..compress.calibration.blocks import BlockModel
+from ..compress.policy import CODEBOOK_DTYPES, Policy
 from ..compress.stream.journal import JOURNAL, LOCK, Journal
 from ..compress.stream.pipeline import Calibration
 from ..compress.stream.source import DenseCheckpoint
 from ..linear import weight_of
-from .choice import choose_specs
-from .config import ClusCompQuantizationConfig
 from .report_page import render_report
 
 __all__ = ["specs_of_run"]
@@ -31,19 +30,18 @@ _MARGIN = 4096  # bytes of a size budget that stay free for what is written last
 def specs_of_run(
     model: Any,
     layers: dict[str, Any],
-    config: ClusCompQuantizationConfig,
+    policy: Policy,
     dense: DenseCheckpoint,
     dtype: torch.dtype,
     journal: Journal,
     given: Calibration | None,
-    size: int | None,
 ) -> dict[str, ClusterSpec]:
     """How every matrix is stored: what an earlier run chose, what the settings say, or the best allocation."""
     if "specs" in journal.content:
         return {name: ClusterSpec(**fields) for name, fields in journal.content["specs"].items()}
     started = time.perf_counter()
-    if size is None and (given is None or config.group_size is not None):
-        specs = choose_specs(model, config)
+    if policy.size is None and (given is None or policy.group_size is not None):
+        specs = policy.specs(model)
     else:
         shapes = {name: tuple(weight_of(layer).shape) for name, layer in layers.items()}
         weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
@@ -54,19 +52,20 @@ def specs_of_run(
             measured = measure_sensitivity(blocks, given.fitted[:enough])
             sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
         demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
-        if size is not None:
-            budget = size - _other_bytes(model, layers, dense, dtype, journal.folder)
+        if policy.size is not None:
+            budget = policy.size - _other_bytes(model, layers, dense, dtype, journal.folder)
         else:
-            assert config.bits is not None
-            budget = int(config.bits * sum(weights.values()) / 8)
+            assert policy.bits is not None
+            budget = int(policy.bits * sum(weights.values()) / 8)
         try:
-            specs = allocate(demands, budget, scales=config.scales, codebook_itemsize=config.dtype.itemsize)
+            itemsize = CODEBOOK_DTYPES[policy.codebook_dtype].itemsize
+            specs = allocate(demands, budget, scales=policy.scales, codebook_itemsize=itemsize)
         except ValueError as error:
-            if size is None:
+            if policy.size is None:
                 raise
             raise ValueError(
-                f"a size of {size} bytes is out of reach: {size - budget} bytes are taken by tensors that stay dense "
-                f"(--dtype can narrow them), tokenizer and reports, and {error}"
+                f"a size of {policy.size} bytes is out of reach: {policy.size - budget} bytes are taken by tensors "
+                f"that stay dense (--dtype can narrow them), tokenizer and reports, and {error}"
             ) from error
     journal.commit(
         specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started

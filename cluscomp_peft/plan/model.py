@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
 from ..compress.calibration.blocks import find_blocks
+from ..compress.policy import DEFAULT_BITS
 from ..hf.checkpoint import check_folder
-from ..hf.choice import choose_specs
 from ..hf.config import ClusCompQuantizationConfig
 from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
@@ -95,7 +95,7 @@ class Model:
         self.quantization: ClusCompQuantizationConfig = found or ClusCompQuantizationConfig()
         if self.compressed and settings.bits is not None:
             raise ValueError(f"{path} is compressed already, it has its own bits; leave out --bits {settings.bits:g}.")
-        self.default_bits = 4.0
+        self.default_bits = DEFAULT_BITS
         self.disk_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         self.settings, self.dtype = settings, DTYPES[settings.dtype]
         with torch.device("meta"):
@@ -141,7 +141,7 @@ class Model:
                     "its config.json is damaged."
                 )
         else:
-            specs = choose_specs(self.model, replace(self.quantization, bits=bits))
+            specs = replace(self.quantization.policy, bits=bits).specs(self.model)
         weights = 0
         tensors: list[Tensor] = []
         counted: dict[tuple, list[Tensor]] = {}

@@ -20,11 +20,10 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..compress.matrix.cluster import cluster_codes, cluster_linear
 from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
 from ..placement import gathered, is_partitioned
 from .config import ClusCompConfig
-from .planning import check_weight, codebook_dtype, spec_of
+from .planning import check_weight, spec_of
 
 __all__ = ["Codes", "cluster_layers", "empty_layer"]
 
@@ -123,20 +122,15 @@ def _whole(name: str, dense: nn.Module, config: ClusCompConfig) -> nn.Module:
 
 def _cluster(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
     spec = spec_of(name, dense, config)
-    if config.base == "clustered":
-        dtype = codebook_dtype(dense, config)
-        return cluster_linear(dense, spec, codebook_dtype=dtype, quality=config.quality, seed=config.seed, name=name)
-    packed, _, _, _ = cluster_codes(
-        weight_of(dense), spec, codebook_dtype=torch.float32, quality=config.quality, seed=config.seed, name=name
-    )
-    return Codes(spec, packed)
+    layer = config.policy.cluster(name, dense, spec)
+    return layer if config.base == "clustered" else Codes(spec, layer.codes.detach())
 
 
 def _blank(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
     """Room for what another process clusters."""
     spec = spec_of(name, dense, config)
     if config.base == "clustered":
-        return empty_layer(dense, spec, codebook_dtype(dense, config))
+        return empty_layer(dense, spec, config.policy.codebook_dtype_for(weight_of(dense)))
     out_features, in_features = weight_shape(dense)
     packed = torch.empty(in_features, spec.code_bytes(out_features), dtype=torch.uint8, device=dense.weight.device)
     return Codes(spec, packed)

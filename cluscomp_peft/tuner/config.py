@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..codes import ClusterSpec
-from ..compress.budget.allocation import CODEBOOK_DTYPES, check_settings
+from ..compress.policy import DTYPE_IN_MEMORY, Policy
 from .units import count_blocks, default_delta_scale
 
 __all__ = ["ClusCompConfig"]
@@ -100,7 +100,9 @@ class ClusCompConfig(PeftConfig):
     group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})
     num_clusters: int | None = field(default=None, metadata={"help": "Dense model: centroids per codebook."})
     scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
-    codebook_dtype: str = field(default="auto", metadata={"help": "Dense model: dtype of codebook and scales."})
+    codebook_dtype: str = field(
+        default=DTYPE_IN_MEMORY, metadata={"help": "Dense model: dtype of codebook and scales."}
+    )
     seed: int = field(default=0, metadata={"help": "Dense model: seed of K-means."})
     quality: str = field(default="default", metadata={"help": "Dense model: K-means, fast, default or best."})
     layout: dict[str, dict[str, Any]] = field(
@@ -169,11 +171,7 @@ class ClusCompConfig(PeftConfig):
         scale = 1.0 if self.delta_scale is None else self.delta_scale
         if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ValueError(f"delta_scale must be a finite number greater than 0, or None, got {scale!r}.")
-        dtype = "float32" if self.codebook_dtype == "auto" else self.codebook_dtype
-        if dtype not in CODEBOOK_DTYPES:
-            known = ", ".join(("auto", *CODEBOOK_DTYPES))
-            raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
-        check_settings(self.target_bits, self.group_size, self.num_clusters, dtype, self.quality)
+        _ = self.policy
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -204,9 +202,19 @@ class ClusCompConfig(PeftConfig):
         return (self.bits, self.group_size, self.num_clusters) != (None, None, None)
 
     @property
-    def target_bits(self) -> float | None:
-        """The budget of true bits: as given, or 4 where nothing is said."""
-        return 4.0 if self.bits is None and self.group_size is None and self.num_clusters is None else self.bits
+    def policy(self) -> Policy:
+        """How a dense model is clustered; on a dense base, of which only the codes are kept, with fp32 codebooks."""
+        policy = Policy(
+            bits=self.bits,
+            group_size=self.group_size,
+            num_clusters=self.num_clusters,
+            scales=self.scales,
+            codebook_dtype=self.codebook_dtype,
+            quality=self.quality,
+            seed=self.seed,
+            cap_clusters=True,
+        )
+        return replace(policy, codebook_dtype="float32") if self.base == "dense" else policy
 
     def note_layers(self, names: Iterable[str]) -> None:
         """Takes down how many blocks the layers of these names are, all that the adapter trains; see `units.py`."""

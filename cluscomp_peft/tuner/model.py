@@ -24,7 +24,7 @@ from torch import nn
 from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
-from ..compress.budget.targets import dense_linears, refuse_fused_experts
+from ..compress.budget.targets import default_targets
 from ..layout import expand
 from ..linear import ClusteredLinear, sum_deltas
 from ..offloading import execution_device, put_back
@@ -35,7 +35,7 @@ from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
 from .merging import all_or_nothing, check_merging, take_back, tuner_layers
-from .planning import check_layers, codebook_dtype, spec_of
+from .planning import check_layers, spec_of
 from .saving import check_saved, describe_and_complete, settle_loaded
 
 __all__ = ["ClusCompModel"]
@@ -117,8 +117,7 @@ class ClusCompModel(BaseTuner):
             if isinstance(module, ClusteredLinear) and name.removesuffix(".base_layer") not in layers
         }
         if not layers:
-            refuse_fused_experts(model)
-            layers = {name for name, _ in dense_linears(model)}
+            layers = set(default_targets(model))
         layers -= computed_with(model).keys() | handed_to_kernels(model).keys()
         if not layers:
             raise ValueError(f"{type(model).__name__} has no linear layer to adapt; name some in target_modules.")
@@ -191,7 +190,7 @@ class ClusCompModel(BaseTuner):
             layer = ClusCompDenseLinear(target, adapter_name, config, weight.device, *(made or Codes(spec, None)))
         else:
             # Codes may come with the file. Built apart from init_empty_weights' patched registration.
-            made = made or empty_layer(target, spec, codebook_dtype(target, config))
+            made = made or empty_layer(target, spec, config.policy.codebook_dtype_for(target.weight))
             layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
         layer.was_partitioned, layer.layer_name = is_partitioned(weight), name
         if not config.expects_weights:

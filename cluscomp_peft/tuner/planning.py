@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
-from ..compress.budget.allocation import CODEBOOK_DTYPES, choose_spec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.matrix.cluster import check_finite, check_range
 from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
@@ -21,7 +20,7 @@ from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
 
-__all__ = ["check_layers", "check_weight", "clustering_of", "codebook_dtype", "spec_of"]
+__all__ = ["check_layers", "check_weight", "spec_of"]
 
 
 def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
@@ -88,7 +87,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
             if not config.expects_weights:
                 if is_whole(weight):
                     check_weight(name, module, config)
-                spec = clustering_of(name, *weight_shape(module), config, codebook_dtype(module, config))
+                spec = spec_of(name, module, config)
                 if config.num_clusters is not None and spec.num_clusters < config.num_clusters:
                     capped.append(name)
         else:
@@ -121,37 +120,13 @@ def check_weight(name: str, module: nn.Module, config: ClusCompConfig) -> None:
     """
     check_finite(weight_of(module), name)
     if config.base == "clustered":
-        check_range(weight_of(module), codebook_dtype(module, config), name)
-
-
-def clustering_of(
-    name: str, out_features: int, in_features: int, config: ClusCompConfig, dtype: torch.dtype
-) -> ClusterSpec:
-    """How a dense layer of this shape is clustered, with codebooks in `dtype`."""
-    return choose_spec(
-        in_features,
-        out_features,
-        bits=config.target_bits,
-        group_size=config.group_size,
-        num_clusters=config.num_clusters,
-        scales=config.scales,
-        codebook_itemsize=dtype.itemsize,
-        cap=True,
-        name=name,
-    )
-
-
-def codebook_dtype(module: nn.Module, config: ClusCompConfig) -> torch.dtype:
-    """Of codebooks and scales, where a dense layer is clustered."""
-    return weight_of(module).dtype if config.codebook_dtype == "auto" else CODEBOOK_DTYPES[config.codebook_dtype]
+        check_range(weight_of(module), config.policy.codebook_dtype_for(weight_of(module)), name)
 
 
 def spec_of(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusterSpec:
     """How a dense layer is clustered for an adapter; on a dense base only the codes are kept."""
-    if config.base == "clustered":
-        return clustering_of(name, *weight_shape(dense), config, codebook_dtype(dense, config))
-    spec = clustering_of(name, *weight_shape(dense), config, torch.float32)
-    return ClusterSpec(spec.group_size, spec.num_clusters)
+    spec = config.policy.spec_for(name, *weight_shape(dense), config.policy.codebook_dtype_for(weight_of(dense)))
+    return spec if config.base == "clustered" else ClusterSpec(spec.group_size, spec.num_clusters)
 
 
 def _refuse_not_called(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
@@ -172,7 +147,7 @@ def _refuse_not_called(model: nn.Module, config: ClusCompConfig, layers: Mapping
 def _check_same_codes(name: str, layer: ClusCompLayer, config: ClusCompConfig) -> None:
     spec = layer.base_spec()
     dtype = layer.base_layer.codebook.dtype if isinstance(layer, ClusCompLinear) else torch.float32
-    wanted = clustering_of(name, layer.out_features, layer.in_features, config, dtype)
+    wanted = config.policy.spec_for(name, layer.out_features, layer.in_features, dtype)
     if (wanted.group_size, wanted.num_clusters) != (spec.group_size, spec.num_clusters):
         raise ValueError(
             f"adapters share the codes of their base: {name} is clustered with group_size={spec.group_size}, "

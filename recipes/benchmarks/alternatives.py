@@ -29,9 +29,7 @@ from safetensors.torch import load_file
 
 from cluscomp_peft.clustering import kmeans
 from cluscomp_peft.codes import ClusterSpec, group, ungroup
-from cluscomp_peft.compress.budget.allocation import choose_spec
-from cluscomp_peft.compress.matrix.cluster import cluster_codes
-from cluscomp_peft.linear import ClusteredLinear
+from cluscomp_peft.compress.policy import Policy
 
 SHARES = (0.001, 0.005, 0.01)
 ROUNDS, BEAM = 12, 8
@@ -96,11 +94,11 @@ def clustered(weight: torch.Tensor, bits: float) -> torch.Tensor:
     best: torch.Tensor | None = None
     for scales in (False, True):
         try:
-            spec = choose_spec(inputs, outputs, bits=bits, scales=scales)
+            policy = Policy(bits=bits, scales=scales)
+            spec = policy.spec_for("matrix", outputs, inputs)
         except ValueError:
             continue
-        parts = cluster_codes(weight, spec, quality="default")
-        rest = weight - ClusteredLinear.from_parts(*parts, None, outputs).decode(torch.float32)
+        rest = weight - policy.cluster("matrix", weight, spec).decode(torch.float32)
         if best is None or rest.square().sum() < best.square().sum():
             best = rest
     if best is None:

@@ -17,9 +17,7 @@ import torch
 from memory import read_status, write_results
 from tqdm import tqdm
 
-from cluscomp_peft.compress.budget.allocation import choose_spec
-from cluscomp_peft.compress.matrix.cluster import cluster_codes
-from cluscomp_peft.linear import ClusteredLinear
+from cluscomp_peft.compress.policy import Policy
 
 
 def main() -> None:
@@ -80,9 +78,8 @@ def cluster(shape: tuple[int, int], number: int, options: argparse.Namespace) ->
     """Weights, true bits, squared error and squared norm of one random matrix."""
     out_features, in_features = shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).mul_(0.02).bfloat16()
-    spec = choose_spec(in_features, out_features, bits=options.bits)
-    codes, codebook, scale_in, scale_out = cluster_codes(weight, spec, quality=options.quality, threads=1)
-    layer = ClusteredLinear.from_parts(codes, codebook, scale_in, scale_out, None, out_features)
+    policy = Policy(bits=options.bits, quality=options.quality)
+    layer = policy.cluster("matrix", weight, policy.spec_for("matrix", out_features, in_features), threads=1)
     error = float((layer.decode(torch.float32) - weight).square().sum())
     return weight.numel(), layer.true_bits, error, float(weight.float().square().sum())
 

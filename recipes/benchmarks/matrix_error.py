@@ -22,9 +22,7 @@ from memory import write_results
 from safetensors.torch import load_file
 from torch import nn
 
-from cluscomp_peft.compress.budget.allocation import choose_spec
-from cluscomp_peft.compress.matrix.cluster import cluster_codes
-from cluscomp_peft.linear import ClusteredLinear
+from cluscomp_peft.compress.policy import Policy
 
 
 def main() -> None:
@@ -55,8 +53,8 @@ def main() -> None:
 
 def clustered(weight: torch.Tensor, bits: float) -> float:
     outputs, inputs = weight.shape
-    parts = cluster_codes(weight, choose_spec(inputs, outputs, bits=bits))
-    rest = weight - ClusteredLinear.from_parts(*parts, None, outputs).decode(torch.float32)
+    policy = Policy(bits=bits)
+    rest = weight - policy.cluster("matrix", weight, policy.spec_for("matrix", outputs, inputs)).decode(torch.float32)
     return float(rest.norm() / weight.norm())
 
 

@@ -394,10 +394,10 @@ def test_an_adapter_of_a_merged_base_on_the_unmerged_one(adapter, compressed, co
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), tmp_path / "second")
 
 
-@pytest.mark.parametrize("phase", ["clustering.cluster_linear", "model.ClusCompLinear"])
+@pytest.mark.parametrize("phase", ["compress.policy.Policy.cluster", "tuner.model.ClusCompLinear"])
 def test_an_interrupted_injection_is_undone(dense_dir, tokens, monkeypatch, phase):
     """Ctrl-C at the sixth matrix, while it is clustered and while its layer is replaced."""
-    path = f"cluscomp_peft.tuner.{phase}"
+    path = f"cluscomp_peft.{phase}"
     original, done = pkgutil.resolve_name(path), []
 
     def make(*arguments, **settings):

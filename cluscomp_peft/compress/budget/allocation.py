@@ -15,52 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from ...clustering import QUALITIES
 from ...codes import MAX_CODE_BITS, ClusterSpec, num_groups, packed_width
 
-__all__ = ["CODEBOOK_DTYPES", "Demand", "allocate", "check_settings", "choose_spec"]
-
-CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+__all__ = ["Demand", "allocate", "choose_spec"]
 
 _MAX_GROUP = 16
 _SCALE_BITS = 0.05  # scales are free capacity for finetuning where they cost less than this
 _SECOND_MOMENT = {1: 1 / 12, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07562, 6: 0.07424, 7: 0.07312, 8: 0.07168}
-
-
-def check_settings(
-    bits: float | None,
-    group_size: int | None,
-    num_clusters: int | None,
-    codebook_dtype: str,
-    quality: str,
-) -> None:
-    """Validates what a user asks for, before any model is touched.
-
-    Raises:
-        ValueError: Naming the value, the limit and the cure.
-    """
-    for name, value in (("group_size", group_size), ("num_clusters", num_clusters)):
-        if value is not None and type(value) is not int:
-            raise ValueError(f"{name} must be a whole number, got {value!r}.")
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float))):
-        raise ValueError(f"bits must be a number, got {bits!r}.")
-    if (group_size is None) != (num_clusters is None):
-        raise ValueError(
-            f"group_size and num_clusters go together, got group_size={group_size} and num_clusters={num_clusters}; "
-            "give both, or only bits."
-        )
-    if group_size is not None and num_clusters is not None:
-        ClusterSpec(group_size, num_clusters)
-    elif bits is None:
-        raise ValueError("give bits, or group_size and num_clusters: nothing says how small the weights shall be.")
-    if bits is not None and not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {bits}.")
-    if codebook_dtype not in CODEBOOK_DTYPES:
-        raise ValueError(f"codebook_dtype must be one of {', '.join(CODEBOOK_DTYPES)}, got {codebook_dtype!r}.")
-    if quality not in QUALITIES:
-        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}.")
 
 
 def choose_spec(

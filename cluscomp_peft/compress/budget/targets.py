@@ -19,7 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from ...linear import ClusteredLinear, is_dense_linear
 from .called import computed_with
 
-__all__ = ["LinearWeight", "dense_linears", "linear_weights", "refuse_fused_experts", "refuse_linears_of_their_own"]
+__all__ = [
+    "LinearWeight",
+    "default_targets",
+    "dense_linears",
+    "linear_weights",
+    "refuse_fused_experts",
+    "refuse_linears_of_their_own",
+]
 
 _EXPERTS, _OUTSIDE = "fused experts", "outside the blocks"
 
@@ -100,6 +107,16 @@ def dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for weight in linear_weights(model):
         if weight.reason is None and not isinstance(weight.module, ClusteredLinear):
             yield weight.name, weight.module
+
+
+def default_targets(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are clustered, or adapted, where the user names none: name to layer.
+
+    Raises:
+        ValueError: If the model has fused experts, which would stay dense without a word.
+    """
+    refuse_fused_experts(model)
+    return dict(dense_linears(model))
 
 
 def refuse_fused_experts(model: nn.Module) -> None:

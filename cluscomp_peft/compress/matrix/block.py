@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...codes import ClusterSpec, pack, unpack
+from ...codes import ClusterSpec, num_groups, pack, unpack
 from ...linear import ClusteredLinear, weight_of
 from ..calibration.blocks import BlockModel
-from .cluster import cluster_codes
+from ..policy import Policy
 from .feedback import cholesky, damp, refine_codes
 from .reconstruction import reconstruct
 
@@ -35,18 +35,14 @@ class BlockSettings:
     """How blocks are compressed.
 
     Args:
-        codebook_dtype (`torch.dtype`): Of codebooks and scales.
-        quality (`str`): Of K-means.
-        seed (`int`): Of K-means and of the order of batches.
+        policy ([`Policy`]): How a matrix is clustered; its seed is also that of the order of batches.
         feedback (`bool`): Error feedback; K-means with weights only without.
         epochs (`int`): Of reconstruction; 0 leaves it out.
         learning_rate (`float`): Of reconstruction, in units of the RMS of what is trained.
         threads (`int`, *optional*): Of K-means.
     """
 
-    codebook_dtype: torch.dtype = torch.float16
-    quality: str = "default"
-    seed: int = 0
+    policy: Policy
     feedback: bool = True
     epochs: int = 8
     learning_rate: float = 0.003
@@ -124,7 +120,7 @@ def compress_block(
                 held_out=held_out,
                 epochs=epochs,
                 learning_rate=settings.learning_rate,
-                seed=settings.seed + index,
+                seed=settings.policy.seed + index,
             )
     except ValueError as error:
         raise ValueError(f"{model.name(index)}: {error}") from error
@@ -218,41 +214,20 @@ def _cluster(
         # W* = W + W E[(x − x̂) x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
         drift = weight @ (moments.drift / moments.tokens)
         wanted = weight + torch.cholesky_solve(drift.t().double(), cholesky(damp(hessian))).t().float()
-    packed, codebook, scale_in, scale_out = cluster_codes(
-        wanted,
-        spec,
-        codebook_dtype=settings.codebook_dtype,
-        importance=None if hessian is None else hessian.diagonal(),
-        quality=settings.quality,
-        seed=settings.seed,
-        threads=settings.threads,
-        name=name,
-    )
-
-    def build(packed: torch.Tensor, codebook: torch.Tensor) -> ClusteredLinear:
-        return ClusteredLinear.from_parts(
-            packed,
-            codebook,
-            scale_in,
-            scale_out,
-            dense.bias,
-            len(weight),
-            conv1d=not isinstance(dense, nn.Linear),
-            dtype=weight_of(dense).dtype,
-        )
-
-    layer = build(packed, codebook)
+    importance = None if hessian is None else hessian.diagonal()
+    layer = settings.policy.cluster(name, dense, spec, weight=wanted, importance=importance, threads=settings.threads)
     report: dict[str, Any] = {"output_error": {"clustered": _output_error(layer, weight, hessian)}}
     if settings.feedback and hessian is not None:
         target, scaled = wanted, hessian
-        if scale_in is not None:
-            target, scaled = target / scale_in.float(), scaled * scale_in.float()[:, None] * scale_in.float()
-        if scale_out is not None:
-            target = target / scale_out.float()[:, None]
-        groups = -(-len(weight) // spec.group_size)
-        codes = unpack(packed, spec.code_bits, groups).long()
-        codes, centroids = refine_codes(target, codes, codebook[0].float(), scaled, threads=settings.threads)
-        layer = build(pack(codes, spec.code_bits), centroids.to(settings.codebook_dtype)[None])
+        if layer.scale_in is not None:
+            scale_in = layer.scale_in.float()
+            target, scaled = target / scale_in, scaled * scale_in[:, None] * scale_in
+        if layer.scale_out is not None:
+            target = target / layer.scale_out.float()[:, None]
+        codes = unpack(layer.codes, spec.code_bits, num_groups(len(weight), spec.group_size)).long()
+        codes, centroids = refine_codes(target, codes, layer.codebook[0].float(), scaled, threads=settings.threads)
+        layer.set_parameter("codes", pack(codes, spec.code_bits))
+        layer.set_parameter("codebook", centroids.to(layer.codebook.dtype)[None])
         report["output_error"]["feedback"] = _output_error(layer, weight, hessian)
     return layer, report
 

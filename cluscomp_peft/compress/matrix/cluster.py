@@ -1,8 +1,8 @@
-"""One dense layer in, one `ClusteredLinear` out.
+"""From a weight [out, in] to the vectors that K-means clusters.
 
-    scales        s_in, s_out = RMS of columns and rows, rounded to 16 bits         outlier channels come down to size
-    K-means       on V = W / (s_out · s_in), each vector weighted by s_in[i]² · E[x_i²]
-    packing       codes to b bits, codebook to its dtype
+    scales        s_in, s_out = RMS of columns and rows, in the codebook's dtype: outlier channels become small
+    vectors       V = W / (s_out · s_in), cut into groups of g outputs of one input channel
+    weights       of each vector, in the sum of squares that K-means minimises: s_in[i]² · E[x_i²]
 
 A vector holds outputs of one input channel, so the error that its activation causes, E[x_i²] · |error|², is one scalar
 weight per vector: weighted K-means minimises the diagonal-Hessian error exactly, and the assignment is unchanged.
@@ -10,66 +10,48 @@ weight per vector: weighted K-means minimises the diagonal-Hessian error exactly
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ...clustering import kmeans
-from ...codes import ClusterSpec, group, pack
-from ...linear import ClusteredLinear, weight_of
+from ...codes import ClusterSpec, group
 
-__all__ = ["check_finite", "check_range", "cluster_codes", "cluster_linear"]
+__all__ = ["Vectors", "check_finite", "check_range", "cut_into_vectors"]
 
 
-def cluster_linear(module: nn.Module, spec: ClusterSpec, **settings: Any) -> ClusteredLinear:
-    """Clusters an `nn.Linear` or `Conv1D`, which is left as it is; its bias is shared with the result.
+class Vectors(NamedTuple):
+    """A weight as K-means takes it.
 
-    `settings` and errors are those of [`cluster_codes`].
+    vectors: [in · groups, g] fp32, those of an input channel after each other. weights: [in · groups] fp32, or None if
+    all count alike. scale_in: [in], and scale_out: [out], in the codebook's dtype, or None. in_features: in.
     """
-    weight = weight_of(module).detach()
-    packed, codebook, scale_in, scale_out = cluster_codes(weight, spec, **settings)
-    return ClusteredLinear.from_parts(
-        packed,
-        codebook,
-        scale_in,
-        scale_out,
-        module.bias,
-        weight.shape[0],
-        conv1d=isinstance(module, Conv1D),
-        dtype=weight.dtype,
-    )
+
+    vectors: torch.Tensor
+    weights: torch.Tensor | None
+    scale_in: torch.Tensor | None
+    scale_out: torch.Tensor | None
+    in_features: int
 
 
-def cluster_codes(
+def cut_into_vectors(
     weight: torch.Tensor,
     spec: ClusterSpec,
-    *,
-    codebook_dtype: torch.dtype = torch.float16,
-    importance: torch.Tensor | None = None,
-    quality: str = "default",
-    seed: int = 0,
-    threads: int | None = None,
-    name: str = "weight",
-    progress: Callable[[int, float], None] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Clusters a weight [out, in].
+    codebook_dtype: torch.dtype,
+    importance: torch.Tensor | None,
+    name: str,
+) -> Vectors:
+    """Scales a weight and cuts it into vectors.
 
     Args:
         weight (`torch.Tensor`): [out, in], floating point.
-        spec ([`ClusterSpec`]): How to store it; `num_blocks` must be 1.
+        spec ([`ClusterSpec`]): How it will be stored; `num_blocks` must be 1.
         codebook_dtype (`torch.dtype`): Of codebook and scales.
         importance (`torch.Tensor`, *optional*): [in], E[x_i²] of the layer's inputs.
-        quality, seed, threads, progress: See `cluscomp_peft.clustering.kmeans`.
         name (`str`): What errors call the layer.
 
-    Returns:
-        Packed codes [in, width], codebook [1, n, g], scale_in [in] and scale_out [out] (None without scales).
-
     Raises:
-        ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold.
+        ValueError: If the weight has NaN or infinite values, or values that `codebook_dtype` cannot hold, or
+            `importance` says nothing of its inputs.
     """
     if spec.num_blocks != 1:
         raise ValueError(f"{name}: a weight is clustered into one codebook, got num_blocks={spec.num_blocks}.")
@@ -96,18 +78,13 @@ def cluster_codes(
         importance = importance.clamp_min(1e-4 * float(importance.mean()))
         channel = importance if channel is None else channel * importance
     in_features, groups = vectors.shape[:2]
-    del weight  # K-means is where memory peaks
-    codebook, codes, _ = kmeans(
+    return Vectors(
         vectors.reshape(-1, spec.group_size),
-        spec.num_clusters,
-        weights=None if channel is None else channel.repeat_interleave(groups),
-        quality=quality,
-        seed=seed,
-        threads=threads,
-        progress=progress,
+        None if channel is None else channel.repeat_interleave(groups),
+        scale_in,
+        scale_out,
+        in_features,
     )
-    packed = pack(codes.view(in_features, groups), spec.code_bits)
-    return packed, codebook.to(codebook_dtype)[None], scale_in, scale_out
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -122,7 +99,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 def check_range(weight: torch.Tensor, codebook_dtype: torch.dtype, name: str) -> None:
     """Raises a ValueError that names the layer if the weight has values that `codebook_dtype` cannot hold."""
-    limit, largest = torch.finfo(codebook_dtype).max, float(weight.abs().max())
+    limit, largest = torch.finfo(codebook_dtype).max, float(weight.detach().abs().max())
     if largest > limit:
         raise ValueError(
             f"{name} has values up to {largest:.3g}, but {codebook_dtype} holds at most {limit:.3g}; choose "

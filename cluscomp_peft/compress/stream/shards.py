@@ -22,7 +22,6 @@ import torch
 from ... import ops
 from ...linear import ClusteredLinear
 from ..matrix.block import BlockSettings
-from ..matrix.cluster import cluster_codes
 from .journal import save_tensors
 from .source import PARTS, DenseCheckpoint
 from .units import Matrix, Unit, read_matrix
@@ -81,17 +80,12 @@ def _cluster_alone(
 
     def work(matrix: Matrix) -> ClusteredLinear:
         # Held by nobody here, so that it is gone once it is cut into vectors.
-        packed, codebook, scale_in, scale_out = cluster_codes(
+        layer = settings.policy.cluster(
+            matrix.name,
             read_matrix(job.source, matrix).to(device),
             matrix.spec,
-            codebook_dtype=settings.codebook_dtype,
-            quality=settings.quality,
-            seed=settings.seed,
             threads=max(1, cores // together),
-            name=matrix.name,
         )
-        out = matrix.shape[0]
-        layer = ClusteredLinear.from_parts(packed, codebook, scale_in, scale_out, None, out, conv1d=matrix.conv1d)
         progress(matrix.weights)
         trim_memory()
         return layer.cpu()

@@ -2,7 +2,7 @@
 
 1. Checks, one for each d: assignment and update of the CUDA engine against plain torch on the device.
 2. Matrices: one of each shape of a block of Llama-2-70B for each number of bits, random weights with rows and channels
-   of different scale, clustered as `cluscomp compress` would do without data (`cluster_codes`, default quality). Each
+   of different scale, clustered as `cluscomp compress` would do without data (`Policy.cluster`, default quality). Each
    counts as often as a model of 80 blocks has it; the sum is what all 560 take.
 3. Steps, one for each d: of the assignment, pruned and not, and of the update, at 8192 x 28672 and 65,500 centroids.
 
@@ -27,8 +27,7 @@ from timing import forget_peak, is_cuda, measure_limits, peaks, seconds, timed
 
 from cluscomp_peft.clustering import gpu
 from cluscomp_peft.codes import group
-from cluscomp_peft.compress.budget.allocation import choose_spec
-from cluscomp_peft.compress.matrix.cluster import cluster_codes
+from cluscomp_peft.compress.policy import Policy
 
 # The package has a function of the same name.
 reference = importlib.import_module("cluscomp_peft.clustering.lloyd")
@@ -71,13 +70,14 @@ def kmeans(report: Report, options: argparse.Namespace) -> None:
 def cluster(size: tuple[int, int], bits: float, options: argparse.Namespace) -> dict:
     """A matrix as a compression without data clusters it."""
     in_features, out_features = size
-    spec = choose_spec(in_features, out_features, bits=bits, name=f"{out_features} x {in_features}")
+    name, policy = f"{out_features} x {in_features}", Policy(bits=bits, quality=options.quality)
+    spec = policy.spec_for(name, out_features, in_features)
     weight = make_weight(in_features, out_features, options.device)
     if is_cuda(options.device):
         # What the first matrix of a model compiles, the others do not.
-        cluster_codes(weight[:, : in_features // 8], spec, quality="fast")
+        Policy(bits=bits, quality="fast").cluster(name, weight[:, : in_features // 8], spec)
     forget_peak(options.device)
-    took = timed(lambda: cluster_codes(weight, spec, quality=options.quality), options.device)
+    took = timed(lambda: policy.cluster(name, weight, spec), options.device)
     return {"matrix": list(size), "bits": bits, **spec.to_dict(), "seconds": took, **peaks(options.device)}
 
 

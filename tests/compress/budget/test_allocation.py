@@ -1,18 +1,11 @@
-"""The choice of group size and clusters from a budget, and the checks of what a user asks for."""
+"""The choice of group size and clusters from a budget."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_peft.codes import ClusterSpec, num_groups
-from cluscomp_peft.compress.budget.allocation import (
-    CODEBOOK_DTYPES,
-    Demand,
-    _menu,
-    allocate,
-    check_settings,
-    choose_spec,
-)
+from cluscomp_peft.compress.budget.allocation import Demand, _menu, allocate, choose_spec
 
 pure = settings(deadline=None, max_examples=150, derandomize=True)
 widths = st.one_of(st.integers(1, 40), st.integers(41, 6000))
@@ -115,38 +108,6 @@ def test_too_many_clusters_are_capped_on_request():
 def test_a_matrix_beyond_any_budget_is_refused_with_a_cure():
     with pytest.raises(ValueError, match=r"3 x 4 cannot be stored in 1 true bits.*exclude_modules"):
         choose_spec(4, 3, bits=1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(bits=None), "give bits, or group_size and num_clusters"),
-        (dict(group_size=4), "go together, got group_size=4 and num_clusters=None"),
-        (dict(num_clusters=64), "go together, got group_size=None and num_clusters=64"),
-        (dict(bits=None, group_size=4), "go together"),
-        (dict(group_size=0, num_clusters=64), "group_size must be between 1 and 64, got 0"),
-        (dict(group_size=65, num_clusters=64), "group_size must be between 1 and 64, got 65"),
-        (dict(group_size=4, num_clusters=1), "num_clusters must be between 2 and 65536, got 1"),
-        (dict(group_size=4, num_clusters=65537), "num_clusters must be between 2 and 65536, got 65537"),
-        (dict(bits=0.99), "bits must be between 1 and 8.*got 0.99"),
-        (dict(bits=8.01), "bits must be between 1 and 8.*got 8.01"),
-        (dict(bits=float("nan")), "bits must be between 1 and 8.*got nan"),
-        (dict(codebook_dtype="int8"), "codebook_dtype must be one of float16, bfloat16, float32, got 'int8'"),
-        (dict(quality="good"), "quality must be one of fast, default, best, got 'good'"),
-    ],
-)
-def test_bad_settings_are_refused(changes, message):
-    good = dict(bits=4, group_size=None, num_clusters=None, codebook_dtype="float16", quality="default")
-    with pytest.raises(ValueError, match=message):
-        check_settings(**{**good, **changes})
-
-
-@pytest.mark.parametrize("dtype", CODEBOOK_DTYPES)
-@pytest.mark.parametrize(
-    ("bits", "group_size", "num_clusters"), [(1, None, None), (8, None, None), (None, 4, 64), (2.5, 64, 65536)]
-)
-def test_good_settings_pass(bits, group_size, num_clusters, dtype):
-    assert check_settings(bits, group_size, num_clusters, dtype, "best") is None
 
 
 # -- allocate

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cluscomp_peft.codes import ClusterSpec
-from cluscomp_peft.compress.matrix.cluster import cluster_linear
 from cluscomp_peft.compress.matrix.reconstruction import reconstruct
+from cluscomp_peft.compress.policy import Policy
 
 
 def block(scales=True, seed=0):
@@ -16,7 +16,8 @@ def block(scales=True, seed=0):
     torch.manual_seed(seed)
     dense = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
     spec = ClusterSpec(4, 8, 1, scales, scales)
-    clustered = nn.Sequential(cluster_linear(dense[0], spec), nn.GELU(), cluster_linear(dense[2], spec))
+    first, last = (Policy().cluster("layer", dense[index], spec) for index in (0, 2))
+    clustered = nn.Sequential(first, nn.GELU(), last)
     inputs = [torch.randn(2, 12, 16) for _ in range(12)]
     with torch.no_grad():
         targets = [dense(x) for x in inputs]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
+from cluscomp_peft.compress.policy import Policy
 from cluscomp_peft.compress.stream import journal as journal_module
 from cluscomp_peft.compress.stream import shards as shard
 from cluscomp_peft.compress.stream.journal import Journal
@@ -258,9 +259,9 @@ def test_only_a_user_discards_work(what, dense_dir, tmp_path, monkeypatch, capsy
 
             patch.setattr(builtins, "open", failing)
         elif what == "damaged weight":
-            raising(patch, shard, "cluster_codes", ValueError("model.layers.1.mlp: NaN"), call=9)
+            raising(patch, Policy, "cluster", ValueError("model.layers.1.mlp: NaN"), call=9)
         else:
-            raising(patch, shard, "cluster_codes", KeyboardInterrupt(), call=9)
+            raising(patch, Policy, "cluster", KeyboardInterrupt(), call=9)
         status = main(["compress", str(source), str(target), "--bits", "6"])
     error = capsys.readouterr().err
     assert status == (130 if what == "interrupt" else 1) and "Traceback" not in error
@@ -279,7 +280,7 @@ def test_only_a_user_discards_work(what, dense_dir, tmp_path, monkeypatch, capsy
 
 
 def test_a_run_that_ends_before_anything_is_done_leaves_nothing(dense_dir, tmp_path, monkeypatch):
-    raising(monkeypatch, shard, "cluster_codes", OSError(errno.EIO, "Input/output error"))
+    raising(monkeypatch, Policy, "cluster", OSError(errno.EIO, "Input/output error"))
     with pytest.raises(OSError):
         compressed(dense_dir, tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -295,7 +296,7 @@ def test_a_source_that_is_replaced_meanwhile(when, dense_dir, tmp_path, monkeypa
         parameter.data.mul_(-1)
     model.save_pretrained(other)
     owner, name, call = {
-        "matrices": (shard, "cluster_codes", 9),
+        "matrices": (Policy, "cluster", 9),
         "shards": (shard, "save_tensors", 2),
         "end": (compression, "compress_shards", 1),
     }[when]
@@ -329,7 +330,7 @@ def test_a_bad_generation_config_is_said_before_any_work(content, dense_dir, tmp
     source = tmp_path / "source"
     shutil.copytree(dense_dir, source)
     (source / "generation_config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    monkeypatch.setattr(shard, "cluster_codes", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr(Policy, "cluster", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=r"generation_config\.json is damaged.*mend or remove it"):
         compressed(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]

@@ -202,7 +202,7 @@ def test_what_a_worker_finds_wrong_is_said_as_by_one_process(dense, tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.layers\.4\.mlp\.up_proj has 1 NaN") as caught:
         compress_checkpoint(str(source), str(tmp_path / "out"), quick_config(), workers=2)
-    assert any("cluster_codes" in note for note in caught.value.__notes__)
+    assert any("in cut_into_vectors" in note for note in caught.value.__notes__)
     left = set(os.listdir(tmp_path)) - {"broken"}
     assert not left or (left == {".out.partial"} and shards_done(tmp_path / "out") >= 1)
 
