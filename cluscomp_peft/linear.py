@@ -32,6 +32,8 @@ from .offloading import offload_hook, store, store_all, stored, taken_away_on_er
 from .placement import is_whole, shape_of
 
 __all__ = [
+    "BASE_TENSORS",
+    "VALUES",
     "ClusteredLinear",
     "CodesDigest",
     "Delta",
@@ -45,6 +47,10 @@ __all__ = [
     "weight_of",
     "weight_shape",
 ]
+
+# Names of the parameters that stand for a weight: what adapters change, and with the codes all of them.
+VALUES = ("codebook", "scale_in", "scale_out")
+BASE_TENSORS = ("codes", *VALUES)
 
 
 class Delta(NamedTuple):
@@ -210,7 +216,7 @@ class ClusteredLinear(nn.Module):
         dtype = self.codebook.dtype
         with torch.no_grad():
             values = self.effective(deltas)
-        pairs = zip(("codebook", "scale_in", "scale_out"), values, strict=True)
+        pairs = zip(VALUES, values, strict=True)
         store_all(self, {name: value.to(dtype) for name, value in pairs if value is not None})
 
     def forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers] = ()) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_configs_survive_files_and_pickles(tmp_path):
     ):
         assert isinstance(loaded, ClusCompConfig)
         assert loaded.to_dict() == config.to_dict()
-        assert not loaded.expects_weights
+        assert not loaded.is_saved
     quantization = ClusCompQuantizationConfig(bits=2.5, scales=True)
     assert ClusCompQuantizationConfig.from_dict(quantization.to_dict()).to_dict() == quantization.to_dict()
 

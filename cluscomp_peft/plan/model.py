@@ -22,6 +22,7 @@ from ..layout import expand
 from ..linear import ClusteredLinear, is_dense_linear, weight_of
 from ..tuner.clustered_layer import ClusCompLinear
 from ..tuner.config import ClusCompConfig
+from ..tuner.layer import NewAdapter
 from .ledger import TILE_BYTES, FusedAttention, Ledger
 from .settings import DTYPES, Settings
 
@@ -189,8 +190,8 @@ class Model:
             device="meta",
             conv1d=isinstance(dense, Conv1D),
         )
-        adapter = ClusCompConfig(rank=self.settings.rank, num_blocks=self.settings.num_blocks)
-        return ClusCompLinear(base, "default", adapter, torch.device("meta"))
+        config = ClusCompConfig(rank=self.settings.rank, num_blocks=self.settings.num_blocks)
+        return ClusCompLinear(base, NewAdapter("default", config), torch.device("meta"))
 
     def _block(self, index: int, bits: float | None, adapter: bool) -> nn.Module:
         """A copy of a block: clustered with or without an adapter, or (no bits) dense and all of it trainable."""

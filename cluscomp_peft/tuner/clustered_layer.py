@@ -12,16 +12,13 @@ import torch
 from torch import nn
 
 from ..codes import ClusterSpec, value_fingerprint
-from ..linear import ClusteredLinear, apply_deltas
+from ..linear import BASE_TENSORS, VALUES, ClusteredLinear, apply_deltas
 from ..offloading import execution_device
 from ..placement import is_whole
-from .config import ClusCompConfig
-from .layer import ClusCompLayer, root_mean_square
+from .layer import ClusCompLayer, NewAdapter
+from .units import root_mean_square
 
-__all__ = ["BASE_TENSORS", "ClusCompLinear"]
-
-VALUES = ("codebook", "scale_in", "scale_out")
-BASE_TENSORS = ("codes", *VALUES)
+__all__ = ["ClusCompLinear"]
 
 
 class ClusCompLinear(ClusCompLayer, nn.Module):
@@ -32,25 +29,22 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
     def __init__(
         self,
         base_layer: ClusteredLinear,
-        adapter_name: str,
-        config: ClusCompConfig,
+        adapter: NewAdapter,
         device: torch.device,
         dense_dtype: torch.dtype | None = None,
-        spec: ClusterSpec | None = None,
     ) -> None:
         nn.Module.__init__(self)
         ClusCompLayer.__init__(self, base_layer, base_layer.in_features, base_layer.out_features, device)
         self.dense_dtype = dense_dtype
         self._codebook_digest: str | None = None
         self.dense_born = dense_dtype is not None
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, spec)
+        self._active_adapter = adapter.name
+        self.update_layer(adapter)
 
-    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
-        """Adds an adapter; `spec` is what a saved one was made for, by default what the base is now."""
-        if not self._pending:
+    def update_layer(self, adapter: NewAdapter) -> None:
+        if not self.awaits_any():
             self._home = execution_device(self.base_layer)
-        self._add(adapter_name, config, spec or self.base_spec())
+        super().update_layer(adapter)
 
     def base_spec(self) -> ClusterSpec:
         codebook, scale_in, scale_out = (self.base_tensor(name) for name in VALUES)
@@ -94,7 +88,7 @@ class ClusCompLinear(ClusCompLayer, nn.Module):
         """The layer with the active adapters for x [..., in]: [..., out]."""
         if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
-        self.settle(self.active_adapters)
+        self.check_arrival(self.active_adapters)
         # Through the base layer's own call, so that hooks on it (offloading, say) see the input.
         return self.base_layer(x, self.running_deltas(self.active_adapters))
 

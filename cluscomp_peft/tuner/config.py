@@ -1,24 +1,47 @@
-"""`ClusCompConfig`: the settings of a ClusComp adapter, and what a saved one says about the codes it belongs to."""
+"""`ClusCompConfig`: the settings of a ClusComp adapter, and what a saved one says about the codes it belongs to.
+
+A config is data: what this package knows of an adapter beyond its settings lives in the layers (`loading.py`).
+
+    settings         given by the user; PEFT itself resolves `target_modules` and notes the base model's name
+    saved facts      `layout`, `fingerprint`, `codebook_fingerprint`, `carries_codes`: in `adapter_config.json` only,
+                     read off the model at each saving; a config that has them is that of a saved adapter
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..codes import ClusterSpec
 from ..compress.policy import DTYPE_IN_MEMORY, Policy
-from .units import count_blocks, default_delta_scale
+from .units import default_delta_scale
 
-__all__ = ["ClusCompConfig"]
+__all__ = ["ClusCompConfig", "SavedFacts", "Source", "config_of_sum"]
 
 BASES = ("clustered", "dense")
+
+
+class SavedFacts(NamedTuple):
+    """What `adapter_config.json` says of the base that an adapter was saved from; the fields of [`ClusCompConfig`]."""
+
+    layout: dict[str, dict[str, Any]]
+    fingerprint: str | None
+    codebook_fingerprint: str | None
+    carries_codes: bool
+
+
+class Source(NamedTuple):
+    """Where a config was read from: a folder or repository, a folder inside it, and how to download from there."""
+
+    place: str
+    subfolder: str
+    download: dict[str, Any]
 
 
 @dataclass
@@ -126,18 +149,11 @@ class ClusCompConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         self.check()
-        # A config that comes with a fingerprint was read from a saved adapter: its weights are about to be loaded.
-        # Layers are then built empty, without K-means.
-        self._expects_weights = self.fingerprint is not None
-        # Where it was read from: folder or repository, subfolder, and how to download from there.
-        self._source: tuple[str, str, dict[str, Any]] | None = None
-        # A sum of adapters has the least common multiple of their blocks, or one for each channel where that is more.
-        self._caps_blocks = self._expects_weights
-        self._trained_blocks = 1
-        self._facts: dict[str, Any] = {}
+        self._source: Source | None = None
+        self._facts: SavedFacts | None = None
 
     def check(self) -> None:
-        """Holds the settings against what they may be; again before use and saving, because trainers change them.
+        """Checks the settings; again before use and before saving, because users and trainers change them.
 
         Raises:
             ValueError: If a value is out of range.
@@ -175,30 +191,42 @@ class ClusCompConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Reads `adapter_config.json` and remembers from where, so that its tensors are checked before use."""
+        """Reads `adapter_config.json` and remembers from where: the tensors beside it are checked before use."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         settings = {key: value for key, value in kwargs.items() if key in ("revision", "cache_dir", "token")}
-        config._source = (os.fspath(pretrained_model_name_or_path), subfolder or "", settings)
+        config._source = Source(os.fspath(pretrained_model_name_or_path), subfolder or "", settings)
         return config
 
-    def find_weights(self, names: Sequence[str]) -> str | None:
-        """The path of the first of these files beside the config; None if it came from nowhere or there is none."""
-        if self._source is None:
-            return None
-        place, subfolder, settings = self._source
-        for name in names:
-            if os.path.isfile(os.path.join(place, subfolder, name)):
-                return os.path.join(place, subfolder, name)
-        for name in () if os.path.isdir(place) else names:
-            try:
-                return hf_hub_download(place, name, subfolder=subfolder or None, **settings)
-            except (OSError, ValueError):  # PEFT is about to ask for it too, and says what is wrong
-                continue
-        return None
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`: the settings, and what [`note_facts`] was told."""
+        described = self if self._facts is None else replace(self, **self._facts._asdict())
+        super(ClusCompConfig, described).save_pretrained(save_directory, **kwargs)
+
+    def note_facts(self, facts: SavedFacts) -> None:
+        """Takes what the next `adapter_config.json` says of the base.
+
+        PEFT reads the tensors off the model first and writes the config after that, which is all that it hands to that
+        step. The fields stay empty: a further adapter that is made from this config starts anew.
+        """
+        self._facts = facts
+
+    @property
+    def source(self) -> Source | None:
+        """Where the config was read from; None where [`from_pretrained`] of this class did not read it."""
+        return self._source
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether this is the config of a saved adapter, whose numbers are to be loaded instead of made."""
+        return self.fingerprint is not None
+
+    def without_facts(self) -> ClusCompConfig:
+        """The settings alone: the config of a new adapter, or of one that has been loaded."""
+        return replace(self, layout={}, fingerprint=None, codebook_fingerprint=None, carries_codes=False)
 
     @property
     def clusters(self) -> bool:
-        """Whether the config asks for a certain clustering."""
+        """Whether the config says how to cluster, by a budget of bits or by sizes."""
         return (self.bits, self.group_size, self.num_clusters) != (None, None, None)
 
     @property
@@ -216,26 +244,26 @@ class ClusCompConfig(PeftConfig):
         )
         return replace(policy, codebook_dtype="float32") if self.base == "dense" else policy
 
-    def note_layers(self, names: Iterable[str]) -> None:
-        """Takes down how many blocks the layers of these names are, all that the adapter trains; see `units.py`."""
-        self._trained_blocks = count_blocks(names)
+    def unit_scale(self, trained_blocks: int, in_features: int, out_features: int, numbers: int) -> float:
+        """What one trained unit stands for in a matrix [out, in], in RMS of the codebook; `delta_scale` if given.
 
-    def unit_scale(self, in_features: int, out_features: int, numbers: int) -> float:
-        """RMS of the codebook for one unit: `delta_scale`, or what fits the model and a matrix [out, in] whose delta
-        codebooks have so many numbers.
+        Args:
+            trained_blocks: Blocks of the model that the adapter trains; see `units.py`.
+            in_features, out_features: Of the matrix.
+            numbers: Of its delta codebooks together.
         """
         if self.delta_scale is not None:
             return self.delta_scale
-        return default_delta_scale(self._trained_blocks, in_features, out_features, numbers)
+        return default_delta_scale(trained_blocks, in_features, out_features, numbers)
 
     def blocks_of(self, spec: ClusterSpec, in_features: int, out_features: int) -> int:
-        """How many delta codebooks a matrix [out, in] stored as `spec` gets.
+        """How many delta codebooks a matrix [out, in] stored as `spec` gets; at most one for each input channel.
 
-        By `rank` a number of four significant bits: merging adapters of different ranks stores the least common
-        multiple of theirs.
+        By `rank`, a number that is rounded down to four significant bits: merging adapters of different ranks stores
+        the least common multiple of their numbers, which stays small so.
         """
         if self.num_blocks is not None:
-            return min(self.num_blocks, in_features) if self._caps_blocks else self.num_blocks
+            return min(self.num_blocks, in_features)
         # Scales, one for each channel, are as many numbers as one rank.
         rank = self.rank - (self.train_scales is not False)
         most = min(in_features, rank * (in_features + out_features) // (spec.num_clusters * spec.group_size))
@@ -248,27 +276,25 @@ class ClusCompConfig(PeftConfig):
             return spec.scale_in, spec.scale_out
         return (self.train_scales is not False,) * 2
 
-    def describe(self, facts: dict[str, Any]) -> None:
-        """What to write beside the adapter: `layout`, fingerprints, `carries_codes`.
 
-        Kept apart from the fields, so that a further adapter made from this config does not inherit them.
-        """
-        self._facts = facts
+def config_of_sum(configs: Sequence[ClusCompConfig], targets: set[str]) -> ClusCompConfig:
+    """The config of an adapter that holds the sum of those of `configs`, in the layers `targets`.
 
-    def settle(self) -> None:
-        """The saved weights are in: from here on the config is like any other."""
-        self._expects_weights, self._source = False, None
-        self.layout, self.carries_codes = {}, False
-        self.fingerprint = self.codebook_fingerprint = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, with what the last saving found out."""
-        return {**super().to_dict(), **self._facts}
-
-    @property
-    def expects_weights(self) -> bool:
-        """Whether saved weights are about to be loaded into the layers made from this config."""
-        return self._expects_weights
+    Raises:
+        ValueError: If they have different capacities, of which only numbers of blocks have a common multiple.
+    """
+    blocks, flags = [config.num_blocks for config in configs], [config.train_scales for config in configs]
+    first = replace(configs[0].without_facts(), target_modules=targets, init_weights=True)  # type: ignore[arg-type]
+    counts = [count for count in blocks if count is not None]
+    if len(counts) == len(configs):
+        scales = True if True in flags else None if None in flags else False
+        return replace(first, num_blocks=math.lcm(*counts), train_scales=scales)
+    if len({(config.rank, config.num_blocks, config.train_scales) for config in configs}) > 1:
+        raise ValueError(
+            f"adapters of different capacity cannot be added up: rank {[config.rank for config in configs]}, "
+            f"num_blocks {blocks}, train_scales {flags}. Give all of them the same rank, or all num_blocks."
+        )
+    return first
 
 
 def _are_token_indices(value: Any) -> bool:

@@ -20,8 +20,8 @@ from .. import ops
 from ..codes import ClusterSpec
 from ..linear import CodesDigest, sum_deltas, weight_of, weight_shape
 from ..placement import gathered
-from .config import ClusCompConfig
-from .layer import ClusCompLayer, root_mean_square
+from .layer import ClusCompLayer, NewAdapter
+from .units import root_mean_square
 
 __all__ = ["ClusCompDenseLinear"]
 
@@ -36,8 +36,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
     def __init__(
         self,
         base_layer: nn.Linear | Conv1D,
-        adapter_name: str,
-        config: ClusCompConfig,
+        adapter: NewAdapter,
         device: torch.device,
         spec: ClusterSpec,
         codes: torch.Tensor | None,
@@ -51,12 +50,8 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         self._digest = CodesDigest()
         # A dense weight takes scales for nothing, so they train unless the config says no.
         self._spec = ClusterSpec(spec.group_size, spec.num_clusters, 1, True, True)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def update_layer(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec | None = None) -> None:
-        """Adds an adapter; `spec` is what a saved one was made for."""
-        self._add(adapter_name, config, spec or self._spec)
+        self._active_adapter = adapter.name
+        self.update_layer(adapter)
 
     def base_spec(self) -> ClusterSpec:
         return self._spec
@@ -101,7 +96,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         """The layer with the active adapters for x [..., in]: [..., out]."""
         if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
-        self.settle(self.active_adapters)
+        self.check_arrival(self.active_adapters)
         codebook, scale_in, scale_out = self._total(self.active_adapters)
         return ops.linear(
             x,

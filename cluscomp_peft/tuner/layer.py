@@ -11,33 +11,31 @@ m codebooks of n centroids lie end to end, so that FSDP2, which deals out rows, 
 
 The units are powers of two near RMS(codebook) · delta_scale, so one learning rate fits every layer, and multiplying by
 them is exact. They are numbers of the model like the deltas, `cluscomp_units.NAME.values` [2], which mean nothing
-without them: whoever copies a state dict copies both. Files hold absolute deltas and units of 1. So has an adapter
-whose weights are still to come, so that file and layer agree whoever sets the tensors (older files have no units);
-PEFT's loading hook, or the first `train()`, brings it to units that suit an optimiser.
+without them: whoever copies a state dict copies both. Files hold absolute deltas and units of 1; what becomes of them
+in a layer is told in `loading.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .. import ops
-from ..codes import ClusterSpec, num_groups
+from ..codes import ClusterSpec
 from ..lazy_weight import LazyWeight
 from ..linear import Delta, in_absolute_units, refine
 from ..offloading import offload_hook, stored
 from ..ops import Numbers
 from ..placement import is_whole
 from .config import ClusCompConfig
-from .merging import MergingLayer
+from .loading import Loading, LoadingLayer, digest_bytes
 
-__all__ = ["ClusCompLayer", "digest_bytes", "root_mean_square"]
+__all__ = ["ClusCompLayer", "NewAdapter"]
 
 # One unit of a scale's delta is this share of the unit of a centroid's, both relative to their size.
 _SCALE_SHARE = 0.25
@@ -87,8 +85,22 @@ class DeltaUnits(nn.Module):
         return self.values
 
 
-class ClusCompLayer(MergingLayer):
-    """What both kinds of layers share: the adapters, their units, and refusing to run before weights are loaded."""
+class NewAdapter(NamedTuple):
+    """What a layer is told of an adapter that it gets.
+
+    trained_blocks: Blocks of the model that it trains. saved: Its config as it was read, if its numbers are to be
+    loaded; None starts a new adapter. spec: How the base of a saved one was stored, by default as this layer's is.
+    """
+
+    name: str
+    config: ClusCompConfig
+    trained_blocks: int = 1
+    saved: ClusCompConfig | None = None
+    spec: ClusterSpec | None = None
+
+
+class ClusCompLayer(LoadingLayer):
+    """What both kinds of layers share: the adapters and their units. Merging and loading are in the classes above."""
 
     adapter_layer_names = ("cluscomp_delta",)
     other_param_names = ("cluscomp_code_digest", "cluscomp_units")
@@ -111,9 +123,7 @@ class ClusCompLayer(MergingLayer):
         self._units_seen: dict[str, tuple[float, float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Adapters made for weights that are about to be loaded, and those of them that are still in units of 1.
-        self._pending: set[str] = set()
-        self._absolute: set[str] = set()
+        self.loading: dict[str, Loading] = {}
         # Parameters and no buffers: accelerate shards whatever is in a state dict. Without PEFT's prefix, because they
         # are not trained.
         self.cluscomp_code_digest = nn.ParameterDict({})
@@ -122,76 +132,59 @@ class ClusCompLayer(MergingLayer):
 
     # -- adapters
 
-    def base_spec(self) -> ClusterSpec:
-        """How the codes of this layer's base are stored."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str | None:
-        """Digest of the codes of this layer's base; None if they are elsewhere and were never here."""
-        raise NotImplementedError
-
     def codebook_fingerprint(self) -> str | None:
-        """Digest of the base's codebook and scales without merged adapters, of nothing on a dense base; None if they
-        are elsewhere and were never here.
+        """Digest of the base's codebook and scales, without merged adapters. A dense base has neither: "". None if
+        they are elsewhere and were never here.
         """
         return ""
 
-    def base_rms(self) -> float:
-        """What units are relative to, root mean square: the codebook, or on a dense base the weight; 1 without any."""
-        raise NotImplementedError
-
-    def carried(self) -> dict[str, torch.Tensor]:
-        """What a file holds of this layer's base: the key inside the layer to the tensor. Empty unless dense-born."""
-        raise NotImplementedError
-
     def note_base(self, adapter_name: str) -> None:
-        """Takes down what saving needs of the base, which an engine may be about to spread over processes.
+        """Remembers what saving needs of the base, before an engine spreads it over processes.
 
-        That is its digests, and under ZeRO-3 in the main process's host memory what a file holds of it ([`kept`]):
-        DeepSpeed leaves what is not trained out of what it gathers.
+        Its digests; under ZeRO-3, in the main process's host memory, also the tensors of [`carried`]: DeepSpeed
+        gathers only what is trained.
         """
-        self.sign(adapter_name)
+        self.note_digests(adapter_name)
         if self.was_partitioned and not self._kept and PartialState().is_local_main_process:
             self._kept = {key: tensor.detach().cpu() for key, tensor in self.carried().items()}
 
     def kept(self, key: str) -> torch.Tensor | None:
-        """What [`note_base`] kept under this key of [`carried`], None if there is nothing."""
+        """The copy of a tensor of [`carried`] that [`note_base`] made; None if it made none."""
         return self._kept.get(key)
 
-    def _add(self, adapter_name: str, config: ClusCompConfig, spec: ClusterSpec) -> None:
-        """Creates the adapter for a base stored as `spec`."""
-        train_in, train_out = config.scales_of(spec)
-        blocks = config.blocks_of(spec, self.in_features, self.out_features)
-        spec = ClusterSpec(spec.group_size, spec.num_clusters, blocks, train_in, train_out)
+    def update_layer(self, adapter: NewAdapter) -> None:
+        """Adds an adapter."""
+        adapter_name, config, base = adapter.name, adapter.config, adapter.spec or self.base_spec()
+        train_in, train_out = config.scales_of(base)
+        blocks = config.blocks_of(base, self.in_features, self.out_features)
+        spec = ClusterSpec(base.group_size, base.num_clusters, blocks, train_in, train_out)
         delta = DeltaWeights(spec, self.in_features, self.out_features, self._home)
         numbers = delta.codebook.numel()
-        self._delta_scales[adapter_name] = config.unit_scale(self.in_features, self.out_features, numbers)
+        self._delta_scales[adapter_name] = config.unit_scale(
+            adapter.trained_blocks, self.in_features, self.out_features, numbers
+        )
         self.cluscomp_units[adapter_name] = DeltaUnits(self._home)
         self._units_seen[adapter_name] = (1.0, 1.0)
-        if config.expects_weights:
-            for parameter in delta.parameters():
-                parameter.data.fill_(math.nan)
-            self._pending.add(adapter_name)
-            self._absolute.add(adapter_name)
-        else:
+        if adapter.saved is None:
             rms = self.base_rms()
             units = self.training_units(adapter_name, rms)
-            self._set_units(adapter_name, units)
+            self.set_units(adapter_name, units)
             for key, parameter in delta.named_parameters() if not config.init_weights else ():
                 size = rms if key == "codebook" else 1.0
                 nn.init.normal_(parameter, std=_RANDOM_STD * size / units[key != "codebook"])
         self.cluscomp_delta[adapter_name] = delta
         # The digest of the codes that the adapter belongs to; zeros until it is known, and then saved with the deltas.
         self.cluscomp_code_digest[adapter_name] = _frozen(torch.zeros(16, dtype=torch.uint8))
-        if not config.expects_weights:
-            self.sign(adapter_name)
+        if adapter.saved is None:
+            self.note_digests(adapter_name)
+        else:
+            self.expect(adapter_name, adapter.saved)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._pending.discard(adapter_name)
-        self._absolute.discard(adapter_name)
+        self.loading.pop(adapter_name, None)
         self._delta_scales.pop(adapter_name, None)
         self._units_seen.pop(adapter_name, None)
 
@@ -216,7 +209,8 @@ class ClusCompLayer(MergingLayer):
         scale = self._delta_scales[adapter_name]
         return _power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale)
 
-    def _set_units(self, adapter_name: str, units: tuple[float, float]) -> None:
+    def set_units(self, adapter_name: str, units: tuple[float, float]) -> None:
+        """Says what one unit of an adapter's codebook stands for, and of its scales; its numbers stay as they are."""
         values = self.cluscomp_units[adapter_name].values
         with torch.no_grad():
             values.copy_(torch.tensor(units))
@@ -232,7 +226,8 @@ class ClusCompLayer(MergingLayer):
         return found
 
     def running_deltas(self, adapter_names: list[str]) -> Sequence[Delta | Numbers]:
-        """[`deltas`] for a forward pass: a single adapter's are left in units where its numbers stay in place."""
+        """[`deltas`] for a forward pass. A single adapter's numbers are handed on in units, which saves a pass over
+        them, unless a hook has to bring them first."""
         names = [name for name in adapter_names if name in self.cluscomp_delta]
         if len(names) == 1:
             delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
@@ -258,7 +253,7 @@ class ClusCompLayer(MergingLayer):
     def _base_device(self) -> torch.device:
         """Where the base is; while its tensors are still to be loaded, where the dense layer was."""
         device = next(self.base_layer.parameters()).device
-        return self._home if self._pending or device.type == "meta" else device
+        return self._home if self.awaits_any() or device.type == "meta" else device
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Device only: PEFT would also cast to the dtype of the base, and bf16 deltas lose small steps.
@@ -268,80 +263,18 @@ class ClusCompLayer(MergingLayer):
         for modules in (self.cluscomp_delta, self.cluscomp_units):
             if adapter_name in modules and not _has_meta(modules[adapter_name]):
                 modules[adapter_name].to(device)
-        if self._pending and not _has_meta(self.base_layer):
+        if self.awaits_any() and not _has_meta(self.base_layer):
             self.base_layer.to(device)
 
-    def settle(self, adapter_names: list[str]) -> None:
-        """Makes sure that weights which were to be loaded have arrived; costs nothing once it is known.
-
-        Raises:
-            RuntimeError: If they have not, or belong to other codes, or the first pass is a compiled one.
-        """
-        waiting = self._pending.intersection(adapter_names)
-        if not waiting:
-            return
-        if torch.compiler.is_compiling():
-            raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
-        for name in waiting:
-            self._refuse_unloaded(name)
-            self.check_fingerprint(name, self.cluscomp_code_digest[name])
-            for key, tensor in self.carried().items():
-                if key.endswith("codes") and is_whole(tensor):
-                    self.refuse_stray_codes(tensor)
-            self._freeze(name)
-            self._pending.discard(name)
-
-    def _freeze(self, adapter_name: str) -> None:
-        """transformers' loader makes whatever it sets trainable: codebooks of a dense-born base, and units."""
-        for key in self.carried():
-            self.get_parameter(key).requires_grad_(False)
-        self.cluscomp_units[adapter_name].requires_grad_(False)
-
-    def awaits(self, adapter_name: str) -> bool:
-        """Whether the adapter's weights are still to be loaded."""
-        return adapter_name in self._pending
-
-    def loaded(self, adapter_name: str) -> None:
-        """Notes that PEFT's hook saw the weights and brought them to units."""
-        self._pending.discard(adapter_name)
-        self._absolute.discard(adapter_name)
-
-    def sign(self, adapter_name: str) -> None:
-        """Notes the digest of this layer's codes as those that the adapter belongs to."""
+    def note_digests(self, adapter_name: str) -> None:
+        """Stores the digest of this layer's codes beside the adapter that is made for them."""
         found = self.fingerprint()
         if found is not None:
             self.cluscomp_code_digest[adapter_name] = _frozen(digest_bytes(found))
         self.codebook_fingerprint()  # remembered, for when the codebook is spread over processes
 
-    def check_fingerprint(self, adapter_name: str, saved: torch.Tensor) -> None:
-        """Holds the digest that came with an adapter's weights against the codes of this layer.
-
-        Raises:
-            ValueError: If they are not the same codes.
-        """
-        if not bool(saved.any()):  # a file that was not written by this package's hooks
-            return
-        found = bytes(saved.cpu().tolist()).hex()
-        present = self.fingerprint()
-        if present not in (None, found):
-            raise ValueError(
-                f"adapter {adapter_name!r} belongs to another base: it was made for codes with fingerprint {found}, "
-                f"but a layer of this model has {present}. Load the base that the adapter was trained on."
-            )
-
-    def refuse_stray_codes(self, codes: torch.Tensor) -> None:
-        """Raises a ValueError if codes [in, width] that came with an adapter name centroids that there are not."""
-        spec = self.base_spec()
-        if ops.has_stray_codes(codes, spec.num_clusters, num_groups(self.out_features, spec.group_size)):
-            raise ValueError(
-                f"the adapter brings codes of a {self.out_features} x {self.in_features} matrix that name centroids "
-                f"beyond the {spec.num_clusters} of its codebook: its file is damaged, or was made to be. Copy or "
-                "download the adapter again."
-            )
-
     def train(self, mode: bool = True):
-        """Also brings adapters that were loaded past PEFT's hook to units, in place, before an optimiser moves
-        them.
+        """Also brings adapters that are still in absolute units to those that suit an optimiser, before it moves them.
 
         Raises:
             RuntimeError: If a trainable adapter is offloaded.
@@ -352,40 +285,10 @@ class ClusCompLayer(MergingLayer):
                     f"adapter {name!r} was offloaded with the model, so that an optimiser cannot reach its numbers. "
                     "Dispatch or offload the model first, and create or load the adapter then."
                 )
-        if mode and self._absolute and not torch.compiler.is_compiling():
-            for name in list(self._absolute):
-                if any(parameter.requires_grad for parameter in self.cluscomp_delta[name].parameters()):
-                    self.settle([name])
-                    present, units = self.units_of(name), self.training_units(name, self.base_rms())
-                    if present == (1.0, 1.0):  # or units came with the weights
-                        with torch.no_grad():
-                            for key, parameter in self.cluscomp_delta[name].named_parameters():
-                                parameter.div_(units[key != "codebook"])
-                        self._set_units(name, units)
-                    self._absolute.discard(name)
+        for name, loading in list(self.loading.items()) if mode and not torch.compiler.is_compiling() else ():
+            if loading.absolute and any(value.requires_grad for value in self.cluscomp_delta[name].parameters()):
+                self.bring_to_units(name)
         return super().train(mode)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in self.cluscomp_delta:
-            deltas, units = f"{prefix}cluscomp_delta.{name}.codebook", f"{prefix}cluscomp_units.{name}.values"
-            if deltas in state_dict and units not in state_dict:
-                args[-1].append(  # torch raises what it finds in the last argument
-                    f"{deltas} comes without {units}, which says what its numbers mean: the state dict was made by an "
-                    "older cluscomp_peft, or is not complete. Load an adapter's own file with "
-                    "PeftModel.from_pretrained or model.load_adapter."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _refuse_unloaded(self, adapter_name: str) -> None:
-        values = [*self.cluscomp_delta[adapter_name].parameters()]
-        base = [stored(self.base_layer, name) for name in self.base_layer._parameters]
-        values += [value for value in base if value is not None and value.is_floating_point()]
-        if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
-            raise RuntimeError(
-                f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
-                "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with "
-                "the same settings, use dataclasses.replace(config, fingerprint=None)."
-            )
 
     # -- forward
 
@@ -413,19 +316,8 @@ class ClusCompLayer(MergingLayer):
         return self.merged or not any(name in self.cluscomp_delta for name in self.active_adapters)
 
 
-def digest_bytes(digest: str) -> torch.Tensor:
-    """A digest of 32 hexadecimal digits as [16] uint8, the way files hold it."""
-    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
-
-
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def root_mean_square(values: torch.Tensor) -> float:
-    """Of values in memory that are not all 0; 1 of all others."""
-    rms = math.nan if values.is_meta else float(values.detach().float().square().mean().sqrt())
-    return rms if rms > 0 and math.isfinite(rms) else 1.0
 
 
 def _power_of_two(value: float) -> float:

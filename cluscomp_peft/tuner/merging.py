@@ -34,8 +34,8 @@ class MergingLayer(BaseTunerLayer):
     cluscomp_delta: nn.ModuleDict
     merged_adapters: list[str]
 
-    def settle(self, adapter_names: list[str]) -> None:
-        """Raises an error if the weights of one of the adapters have not been loaded."""
+    def check_arrival(self, adapter_names: list[str]) -> None:
+        """Raises an error if numbers of one of the adapters are still to be loaded."""
         raise NotImplementedError
 
     def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
@@ -126,7 +126,7 @@ class MergingLayer(BaseTunerLayer):
         return [name.removeprefix(_KEPT) for name in self._buffers if name.startswith(_KEPT)]
 
     def _checked_values(self, adapter_names: list[str], safe_merge: bool) -> dict[str, torch.Tensor | None]:
-        self.settle(adapter_names)
+        self.check_arrival(adapter_names)
         with torch.no_grad():
             values = self.merged_values(adapter_names)
         if safe_merge:

@@ -10,11 +10,11 @@ the tuner layers in place, and says what an adapter file holds.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,14 +31,34 @@ from ..offloading import execution_device, put_back
 from ..placement import is_partitioned
 from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, empty_layer
-from .config import ClusCompConfig
+from .config import ClusCompConfig, config_of_sum
 from .dense_layer import ClusCompDenseLinear
-from .layer import ClusCompLayer
+from .layer import ClusCompLayer, NewAdapter
+from .loading import adapted_layers, prepare_tensors
 from .merging import all_or_nothing, check_merging, take_back, tuner_layers
 from .planning import check_layers, spec_of
-from .saving import check_saved, describe_and_complete, settle_loaded
+from .saving import check_saved, complete_tensors, read_facts
+from .units import count_blocks
 
 __all__ = ["ClusCompModel"]
+
+
+@dataclass
+class Injection:
+    """What the tuner knows while it puts the layers of one adapter in place.
+
+    saved: The adapter's config as it was read, if its numbers are to be loaded. is_sum: Its numbers will be the sum of
+    those of other adapters. specs: How the bases of a saved one were stored, by layer. made: What dense layers were
+    clustered to, by layer. replaced: Parent, name and layer of each one that a tuner layer has taken the place of;
+    they are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
+    """
+
+    saved: ClusCompConfig | None = None
+    is_sum: bool = False
+    trained_blocks: int = 1
+    specs: dict[str, ClusterSpec] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
 
 class ClusCompModel(BaseTuner):
@@ -60,13 +80,16 @@ class ClusCompModel(BaseTuner):
 
     # -- plan
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, is_sum: bool = False, **kwargs: Any
+    ) -> None:
         # Of this tuner, by which PEFT's own code finds what is trained and has the adapter's dtype: units and digests,
         # which loaders know by the method's prefix, are neither.
         self.prefix = "cluscomp_delta"
-        self._made: dict[str, Any] = {}
-        # Dense layers are let go when all is done, so that an error or Ctrl-C in the middle can be undone.
-        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        config = self.peft_config[adapter_name]
+        injection = self._injection = Injection(config if config.is_saved else None, is_sum)
+        if injection.saved is not None:  # a further adapter that is made from the model's config starts anew
+            self.peft_config[adapter_name] = config.without_facts()
         # PeftModel.from_pretrained took the hooks of offloaded layers off, and would dispatch the model anew when the
         # weights are in, to another map and with the deltas offloaded too.
         if put_back(getattr(getattr(model, "hf_quantizer", None), "hooks", [])):
@@ -74,19 +97,18 @@ class ClusCompModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for parent, name, layer in reversed(self._replaced):
+            for parent, name, layer in reversed(injection.replaced):
                 setattr(parent, name, layer)
-            for module in model.modules():
-                if isinstance(module, ClusCompLayer) and adapter_name in module.cluscomp_delta:
-                    module.delete_adapter(adapter_name)
+            for _, layer in list(adapted_layers(model, adapter_name)):
+                layer.delete_adapter(adapter_name)
             self.peft_config.pop(adapter_name, None)
             # transformers' model.add_adapter() raises its flag before the adapter exists.
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 model.__dict__.pop("_hf_peft_config_loaded", None)
             raise
         finally:
-            self._made, self._replaced = {}, []
-        if not self.peft_config[adapter_name].expects_weights and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._injection = Injection()
+        if injection.saved is None and os.environ.get("LOCAL_RANK", "0") == "0":
             names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
             reasons = {**computed_with(model), **handed_to_kernels(model)}
             print(coverage_line(model, names, reasons=reasons, done="adapted", rest="not adapted"), file=sys.stderr)
@@ -96,14 +118,17 @@ class ClusCompModel(BaseTuner):
         peft_config.check()
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            peft_config.target_modules = self._default_targets(peft_config)
+            peft_config.target_modules = self._default_targets(peft_config)  # type: ignore[assignment]
         layers = self._matched(peft_config)
-        peft_config.note_layers(layers)
-        check_layers(self.model, peft_config, layers)
-        if peft_config.expects_weights:
-            check_saved(peft_config, layers, self._saved_specs(peft_config, layers))
+        injection = self._injection
+        injection.trained_blocks = count_blocks(layers)
+        check_layers(self.model, peft_config, layers, is_new=injection.saved is None, is_sum=injection.is_sum)
+        if injection.saved is None:
+            injection.made = cluster_layers(layers, peft_config)
         else:
-            self._made = cluster_layers(layers, peft_config)
+            prefix = getattr(self.model, "base_model_prefix", "")
+            injection.specs = expand(injection.saved.layout, layers, prefix)
+            check_saved(injection.saved, layers, injection.specs)
         return peft_config
 
     def _default_targets(self, config: ClusCompConfig) -> set[str]:
@@ -126,7 +151,7 @@ class ClusCompModel(BaseTuner):
             probe.exclude_modules = None
             chosen = set()
             for name in layers:
-                probe.target_modules = {name.rpartition(".")[2]}
+                probe.target_modules = {name.rpartition(".")[2]}  # type: ignore[assignment]
                 if check_target_module_exists(probe, name):
                     chosen.add(name)
             if not chosen:
@@ -148,9 +173,6 @@ class ClusCompModel(BaseTuner):
                 inside.append(f"{name}.")
         return matched
 
-    def _saved_specs(self, config: ClusCompConfig, names: Any) -> dict[str, ClusterSpec]:
-        return expand(config.layout, names, getattr(self.model, "base_model_prefix", ""))
-
     # -- replace
 
     def _create_and_replace(
@@ -163,67 +185,62 @@ class ClusCompModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        saved = self._saved_specs(peft_config, [current_key]).get(current_key) if peft_config.expects_weights else None
+        injection = self._injection
+        spec = injection.specs.get(current_key)
+        adapter = NewAdapter(adapter_name, peft_config, injection.trained_blocks, injection.saved, spec)
         if isinstance(target, ClusCompLayer):
-            target.update_layer(adapter_name, peft_config, saved)
+            target.update_layer(adapter)
         else:
-            self._replace_module(
-                parent, target_name, self._new_layer(peft_config, adapter_name, target, current_key, saved), target
-            )
+            layer = self._new_layer(adapter, target, current_key)
+            self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(
-        self,
-        config: ClusCompConfig,
-        adapter_name: str,
-        target: nn.Module,
-        name: str,
-        saved: ClusterSpec | None,
-    ) -> ClusCompLayer:
+    def _new_layer(self, adapter: NewAdapter, target: nn.Module, name: str) -> ClusCompLayer:
         if isinstance(target, ClusteredLinear):
-            clustered = ClusCompLinear(target, adapter_name, config, execution_device(target), spec=saved)
+            clustered = ClusCompLinear(target, adapter, execution_device(target))
             clustered.layer_name = name
             return clustered
-        weight, made = target.weight, self._made.pop(name, None)
-        spec = saved or spec_of(name, target, config)
+        config, weight, made = adapter.config, target.weight, self._injection.made.pop(name, None)
+        spec = adapter.spec or spec_of(name, target, config)
         layer: ClusCompLayer
         if config.base == "dense":
-            layer = ClusCompDenseLinear(target, adapter_name, config, weight.device, *(made or Codes(spec, None)))
+            made = made or Codes(spec, None)
+            layer = ClusCompDenseLinear(target, adapter._replace(spec=None), weight.device, *made)
         else:
             # Codes may come with the file. Built apart from init_empty_weights' patched registration.
-            made = made or empty_layer(target, spec, config.policy.codebook_dtype_for(target.weight))
-            layer = ClusCompLinear(made, adapter_name, config, weight.device, dense_dtype=weight.dtype, spec=saved)
+            made = made or empty_layer(target, spec, config.policy.codebook_dtype_for(weight))
+            layer = ClusCompLinear(made, adapter, weight.device, dense_dtype=weight.dtype)
         layer.was_partitioned, layer.layer_name = is_partitioned(weight), name
-        if not config.expects_weights:
-            layer.note_base(adapter_name)
+        if adapter.saved is None:
+            layer.note_base(adapter.name)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight.
         if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be taken back
-            self._replaced.append((parent, child_name, child))
+            self._injection.replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32 by default; with `autocast_adapter_dtype=False` deltas take the dtype of the base, as TRL asks for
         under DeepSpeed ZeRO-3."""
         # PEFT's last step after loading weights, and also after creating empty layers for them.
-        if not self.peft_config[adapter_name].expects_weights:
+        layers = [layer for _, layer in adapted_layers(self.model, adapter_name)]
+        if not any(layer.awaits(adapter_name) for layer in layers):
             self.__dict__.pop("hf_device_map", None)
-            for layer in self.model.modules():
-                if isinstance(layer, ClusCompLayer) and layer.dense_born and adapter_name in layer.cluscomp_delta:
+            for layer in layers:
+                if layer.dense_born:
                     layer.note_base(adapter_name)
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in self.model.modules():
-            if isinstance(layer, ClusCompLayer) and adapter_name in layer.cluscomp_delta:
-                dtype = layer.base_layer.bias.dtype if layer.base_layer.bias is not None else None
-                if isinstance(layer, ClusCompDenseLinear):
-                    dtype = layer.base_layer.weight.dtype
-                elif layer.dense_dtype is not None:
-                    dtype = layer.dense_dtype
-                for parameter in layer.cluscomp_delta[adapter_name].parameters():
-                    parameter.data = parameter.data.to(dtype or getattr(self.model, "dtype", torch.float32))
+        for layer in layers:
+            dtype = layer.base_layer.bias.dtype if layer.base_layer.bias is not None else None
+            if isinstance(layer, ClusCompDenseLinear):
+                dtype = layer.base_layer.weight.dtype
+            elif layer.dense_dtype is not None:
+                dtype = layer.dense_dtype
+            for parameter in layer.cluscomp_delta[adapter_name].parameters():
+                parameter.data = parameter.data.to(dtype or getattr(self.model, "dtype", torch.float32))
 
     # -- merge
 
@@ -246,17 +263,17 @@ class ClusCompModel(BaseTuner):
         if merge and safe_merge:
             check_merging(self.model, adapter_names)
         merged = {layer: list(layer.merged_adapters) for layer in tuner_layers(self.model)}
-        self._replaced = []
+        injection = self._injection = Injection()
         try:
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         except BaseException:
-            for parent, name, layer in reversed(self._replaced):
+            for parent, name, layer in reversed(injection.replaced):
                 setattr(parent, name, layer)
             for layer in tuner_layers(self.model):
                 take_back(layer, merged[layer])
             raise
         finally:
-            self._replaced = []
+            self._injection = Injection()
 
     # -- several adapters
 
@@ -311,20 +328,8 @@ class ClusCompModel(BaseTuner):
                 f"adapter {whole[0]!r} trains modules or tokens whole (modules_to_save, trainable_token_indices), of "
                 "which there is no sum; merge the adapters one after another instead."
             )
-        config = copy.copy(configs[0])
-        config.settle()
-        config.target_modules, config.init_weights = set(layers), True
-        blocks, flags = [other.num_blocks for other in configs], [other.train_scales for other in configs]
-        if None not in blocks:
-            config.num_blocks, config._caps_blocks = math.lcm(*blocks), True
-            config.train_scales = True if True in flags else None if None in flags else False
-        elif len({(other.rank, other.num_blocks, other.train_scales) for other in configs}) > 1:
-            raise ValueError(
-                f"adapters of different capacity cannot be added up: rank {[other.rank for other in configs]}, "
-                f"num_blocks {blocks}, train_scales {flags}. Give all of them the same rank, or all num_blocks."
-            )
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        self.peft_config[adapter_name] = config_of_sum(configs, set(layers))
+        self.inject_adapter(self.model, adapter_name, is_sum=True)
         for layer in layers.values():
             present = [(name, weight) for name, weight in zip(adapters, weights, strict=True)]
             present = [(name, weight) for name, weight in present if name in layer.cluscomp_delta]
@@ -345,9 +350,11 @@ class ClusCompModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """The adapter's tensors; the config learns here, just before PEFT writes it, what they belong to."""
+        """The adapter's tensors. PEFT writes the config next, which is told here what they belong to."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return describe_and_complete(model, config, adapter_name, selected, state_dict)
+        tensors = complete_tensors(model, config, adapter_name, selected, state_dict)
+        config.note_facts(read_facts(model, adapter_name))
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -356,9 +363,7 @@ class ClusCompModel(BaseTuner):
         """Keys of the file to keys of the model; codes that other adapters use already are compared, not replaced."""
         state_dict = {_present_name(key): value for key, value in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        settle_loaded(model, adapter_name, mapped)
-        # From here on the config is that of a living adapter: a further one made from it starts fresh.
-        config.settle()
+        prepare_tensors(model, adapter_name, mapped)
         return mapped
 
 

@@ -23,8 +23,22 @@ from .layer import ClusCompLayer
 __all__ = ["check_layers", "check_weight", "spec_of"]
 
 
-def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
+def check_layers(
+    model: nn.Module,
+    config: ClusCompConfig,
+    layers: Mapping[str, nn.Module],
+    *,
+    is_new: bool = True,
+    is_sum: bool = False,
+) -> None:
     """Holds a config against the layers that it is about to be applied to; nothing is changed.
+
+    Args:
+        model: The whole model.
+        config: Of the adapter.
+        layers: Name to layer, of those that it names.
+        is_new: Whether numbers and, of dense layers, codes are made now; those of a saved adapter are to be loaded.
+        is_sum: Whether it is to hold a sum of adapters, which has a codebook for each channel at most.
 
     Raises:
         ValueError: If a layer is of the wrong kind, has unusable weights, or does not fit the settings.
@@ -37,7 +51,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
             f"target_modules names dense layers ({dense[0]}) beside clustered ones ({clustered[0]}); an adapter "
             "is on one kind of base. Train a dense layer of a compressed model whole, through modules_to_save."
         )
-    _refuse_not_called(model, config, layers)
+    _refuse_not_called(model, layers, is_new)
     for name, module in model.named_modules():
         if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
             raise ValueError(
@@ -64,7 +78,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                     f"all adapters of a model share one kind of base: {name} is adapted on another one than "
                     f"base={config.base!r}."
                 )
-            if config.clusters and module.dense_born and not config.expects_weights:
+            if config.clusters and module.dense_born and is_new:
                 _check_same_codes(name, module, config)
         elif isinstance(module, ClusteredLinear):
             if config.base == "dense":
@@ -84,7 +98,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                     f"{name} is dense and spread over processes by FSDP2; its weight must be whole to be clustered. "
                     "Make the adapter before the model is sharded, as Trainer does."
                 )
-            if not config.expects_weights:
+            if is_new:
                 if is_whole(weight):
                     check_weight(name, module, config)
                 spec = spec_of(name, module, config)
@@ -96,7 +110,7 @@ def check_layers(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, 
                 f"`transformers.pytorch_utils.Conv1D` and clustered layers; {name} is a {type(module).__name__}."
             )
         in_features = weight_shape(module)[1] if is_dense_linear(module) else module.in_features
-        if config.num_blocks is not None and config.num_blocks > in_features and not config._caps_blocks:
+        if is_new and not is_sum and config.num_blocks is not None and config.num_blocks > in_features:
             raise ValueError(
                 f"num_blocks={config.num_blocks} is more than the {in_features} input channels of {name}; a block "
                 "needs at least one."
@@ -129,11 +143,11 @@ def spec_of(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusterSpec:
     return spec if config.base == "clustered" else ClusterSpec(spec.group_size, spec.num_clusters)
 
 
-def _refuse_not_called(model: nn.Module, config: ClusCompConfig, layers: Mapping[str, nn.Module]) -> None:
+def _refuse_not_called(model: nn.Module, layers: Mapping[str, nn.Module], is_new: bool) -> None:
     """Raises a ValueError for layers that the model computes with by itself; a saved adapter may have some that only
     a kernel takes in training."""
     reasons = computed_with(model)
-    if not config.expects_weights:
+    if is_new:
         reasons = {**reasons, **handed_to_kernels(model)}
     named = [name for name in layers if name in reasons]
     if named:

@@ -11,10 +11,9 @@ The config that PEFT writes beside the file says how the codes are stored (`layo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
@@ -23,26 +22,26 @@ from ..layout import summarize
 from ..linear import ClusteredLinear, is_dense_linear
 from ..offloading import stored
 from ..placement import is_whole, shape_of
-from .clustered_layer import BASE_TENSORS
-from .config import ClusCompConfig
-from .files import FILE_PREFIX, check_file
-from .layer import ClusCompLayer, digest_bytes, root_mean_square
+from .adapter_file import check_file
+from .config import ClusCompConfig, SavedFacts
+from .layer import ClusCompLayer
+from .loading import FILE_PREFIX, adapted_layers, digest_bytes, units_key
 
-__all__ = ["check_saved", "describe_and_complete", "settle_loaded"]
+__all__ = ["check_saved", "complete_tensors", "read_facts"]
 
 
-def describe_and_complete(
+def complete_tensors(
     model: nn.Module,
     config: ClusCompConfig,
     adapter_name: str,
     tensors: dict[str, torch.Tensor],
     state_dict: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Makes PEFT's selection of an adapter's tensors what the file shall hold, and writes the config's facts.
+    """Makes PEFT's selection of an adapter's tensors what the file shall hold.
 
     Args:
         model: With the adapter; a `PeftModel` or the bare model.
-        config: Of the adapter; told what to write beside the file.
+        config: Of the adapter.
         adapter_name: Which adapter.
         tensors: Model key to tensor, in units; changed in place.
         state_dict: Of the model, gathered if it is spread over processes.
@@ -52,26 +51,20 @@ def describe_and_complete(
 
     Raises:
         ValueError: If the config has been changed to one that does not describe the adapter.
+        RuntimeError: If a tensor is spread over processes and was not gathered.
     """
     _check_settings(model, config, adapter_name)
-    specs: dict[str, ClusterSpec] = {}
-    fingerprints, codebooks = [], []
-    carries_codes = False
-    for name, layer in _layers(model, adapter_name):
-        carries_codes |= layer.dense_born
-        specs[name.removeprefix(FILE_PREFIX)] = layer.base_spec()
+    for name, layer in adapted_layers(model, adapter_name):
         digest = layer.fingerprint()
-        fingerprints.append(digest)
-        codebooks.append(layer.codebook_fingerprint())
         if digest is not None:
-            layer.settle([adapter_name])
+            layer.check_arrival([adapter_name])
             tensors[f"{name}.cluscomp_code_digest.{adapter_name}"] = digest_bytes(digest)
         prefix = f"{name}.cluscomp_delta.{adapter_name}."
         if prefix + "codebook" not in tensors:  # a process that does not write
             continue
-        found = tensors.get(_units_key(name, adapter_name))
+        found = tensors.get(units_key(name, adapter_name))
         units = layer.units_of(adapter_name, None if found is None or found.is_meta else found)
-        tensors[_units_key(name, adapter_name)] = torch.ones(2)
+        tensors[units_key(name, adapter_name)] = torch.ones(2)
         for key in [key for key in tensors if key.startswith(prefix)]:
             leaf = key.removeprefix(prefix)
             if tensors[key].is_meta:  # offloaded with the model
@@ -86,67 +79,30 @@ def describe_and_complete(
                     "save_pretrained(state_dict=...) what the engine gathers, as Trainer does."
                 )
             tensors[path] = found
-    facts = {
-        "carries_codes": carries_codes,
-        "layout": summarize(specs, [name.removeprefix(FILE_PREFIX) for name, _ in model.named_modules()]),
-        "fingerprint": combine_fingerprints(fingerprints),
-        "codebook_fingerprint": combine_fingerprints(codebooks),
-    }
-    config.describe({key: value for key, value in facts.items() if value is not None})
     return tensors
 
 
-def settle_loaded(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Brings a file's tensors, under the model's keys, to units; changed in place.
+def read_facts(model: nn.Module, adapter_name: str) -> SavedFacts:
+    """Reads off a model what `adapter_config.json` says of the base of one of its adapters.
 
-    The base tensors of a dense-born adapter are taken as they are by the first adapter of a model. A further one
-    shares the codes that are there: its own must be equal, and are dropped.
-
-    Raises:
-        ValueError: If they are not equal, the adapter was made for other codes than the model has, codes name
-            centroids that there are not, or its tensors are not those that the adapter here has.
+    Digests of what is spread over processes and never was whole in this one are those that a saved adapter came with.
     """
-    for name, layer in _layers(model, adapter_name):
-        _check_tensors(f"{name}.cluscomp_delta.{adapter_name}.", layer.cluscomp_delta[adapter_name], tensors)
-    for name, layer in _layers(model, adapter_name):
-        digest = tensors.get(f"{name}.cluscomp_code_digest.{adapter_name}")
-        if digest is not None and not (layer.dense_born and layer.awaits(adapter_name)):
-            layer.check_fingerprint(adapter_name, digest)
-        bare = name.removeprefix(FILE_PREFIX)
-        for key in ("base_layer.codes", "codes"):
-            for spelling in (bare, FILE_PREFIX + bare):
-                if f"{spelling}.{key}" in tensors:
-                    layer.refuse_stray_codes(tensors[f"{spelling}.{key}"])
-    for name, layer in _layers(model, adapter_name):
-        bare = name.removeprefix(FILE_PREFIX)
-        spellings = (f"{bare}.base_layer.", f"{FILE_PREFIX}{bare}.base_layer.")
-        if layer.awaits(adapter_name):
-            # The base of a dense-born adapter comes with these tensors; its codebook is not in the layer yet.
-            codebooks = [tensors[f"{spelling}codebook"] for spelling in spellings if f"{spelling}codebook" in tensors]
-            rms = root_mean_square(codebooks[0]) if codebooks else layer.base_rms()
-            units = layer.training_units(adapter_name, rms)
-        else:
-            units = layer.units_of(adapter_name)
-        prefix = f"{name}.cluscomp_delta.{adapter_name}."
-        keys = [key for key in tensors if key.startswith(prefix)]
-        if keys:
-            # A file says what its numbers mean; those of older versions are absolute.
-            given = tensors.get(_units_key(name, adapter_name), torch.ones(2)).tolist()
-            tensors[_units_key(name, adapter_name)] = torch.tensor(units)
-            layer.loaded(adapter_name)
-        for key in keys:
-            is_scale = key.removeprefix(prefix) != "codebook"
-            tensors[key] = tensors[key] * (given[is_scale] / units[is_scale])
-        if len(layer.cluscomp_delta) == 1:
-            continue
-        for key in BASE_TENSORS:
-            present = layer.base_tensor(key)
-            for saved in [tensors.pop(f"{spelling}{key}", None) for spelling in spellings]:
-                if saved is not None and (present is None or not torch.equal(saved.to(present.device), present)):
-                    raise ValueError(
-                        f"adapter {adapter_name!r} has another {key} of {bare} than the adapters that are loaded "
-                        "already; load it on a copy of the dense model of its own."
-                    )
+    layers = dict(adapted_layers(model, adapter_name))
+    specs = {name.removeprefix(FILE_PREFIX): layer.base_spec() for name, layer in layers.items()}
+    came_with = next(
+        (layer.loading[adapter_name].saved for layer in layers.values() if adapter_name in layer.loading), None
+    )
+    codes = combine_fingerprints(layer.fingerprint() for layer in layers.values())
+    codebooks = combine_fingerprints(layer.codebook_fingerprint() for layer in layers.values())
+    if came_with is not None:
+        codes = came_with.fingerprint if codes is None else codes
+        codebooks = came_with.codebook_fingerprint if codebooks is None else codebooks
+    return SavedFacts(
+        layout=summarize(specs, [name.removeprefix(FILE_PREFIX) for name, _ in model.named_modules()]),
+        fingerprint=codes,
+        codebook_fingerprint=codebooks,
+        carries_codes=any(layer.dense_born for layer in layers.values()),
+    )
 
 
 def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: Mapping[str, ClusterSpec]) -> None:
@@ -200,9 +156,13 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
         )
     known = dict(specs)
     for name, layer in layers.items():
-        own = layer.base_spec() if isinstance(layer, ClusCompLayer) else getattr(layer, "spec", None)
+        own: ClusterSpec | None = (
+            layer.base_spec() if isinstance(layer, ClusCompLayer) else getattr(layer, "spec", None)
+        )
+        if own is None:
+            continue
         spec = known.setdefault(name, own)
-        if own is not None and (own.group_size, own.num_clusters) != (spec.group_size, spec.num_clusters):
+        if (own.group_size, own.num_clusters) != (spec.group_size, spec.num_clusters):
             raise ValueError(
                 f"this adapter was made for {name} in groups of {spec.group_size} with {spec.num_clusters} clusters, "
                 f"but the model has groups of {own.group_size} with {own.num_clusters}; load the base that it was "
@@ -211,36 +171,10 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
     check_file(config, layers, known)
 
 
-def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ClusCompLayer]]:
-    for name, layer in model.named_modules():
-        if isinstance(layer, ClusCompLayer) and adapter_name in layer.cluscomp_delta:
-            yield name, layer
-
-
-def _units_key(name: str, adapter_name: str) -> str:
-    return f"{name}.cluscomp_units.{adapter_name}.values"
-
-
-def _check_tensors(prefix: str, delta: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Holds the deltas of a file against those of a layer: torch would skip absent ones and copy those that fit."""
-    found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if not found and dist.is_available() and dist.is_initialized():  # a process that gets its numbers from others
-        return
-    shapes = {key: tuple(shape_of(parameter)) for key, parameter in delta.named_parameters()}
-    for key in [*shapes, *found]:
-        given = tuple(found[key].shape) if key in found else None
-        if given != shapes.get(key):
-            raise ValueError(
-                f"{prefix}{key} is {'absent' if given is None else list(given)} in what is being loaded, but "
-                f"{'absent' if key not in shapes else list(shapes[key])} in the adapter: it belongs to another one, "
-                "made with other settings, or is damaged. Copy or download it again."
-            )
-
-
 def _check_settings(model: nn.Module, config: ClusCompConfig, adapter_name: str) -> None:
     """Raises a ValueError if a config is no longer the one that an adapter was made from, and would not load it."""
     config.check()
-    for name, layer in _layers(model, adapter_name):
+    for name, layer in adapted_layers(model, adapter_name):
         spec, delta = layer.base_spec(), layer.cluscomp_delta[adapter_name]
         rows = config.blocks_of(spec, layer.in_features, layer.out_features) * spec.num_clusters
         scales = (delta.scale_in is not None, delta.scale_out is not None)

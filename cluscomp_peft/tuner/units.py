@@ -22,10 +22,13 @@ widths of 128 to 576, ranks 8 to 64 and batches of 1 to 16 rows; a model of 8 bi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
-__all__ = ["count_blocks", "default_delta_scale"]
+import torch
+
+__all__ = ["count_blocks", "default_delta_scale", "root_mean_square"]
 
 _SCALE = 1600.0
 _POWER = 1 / 3
@@ -52,3 +55,9 @@ def default_delta_scale(blocks: int, in_features: int, out_features: int, number
     """
     rank = min(numbers, in_features * out_features) / (in_features + out_features)
     return _SCALE / blocks / rank**_POWER
+
+
+def root_mean_square(values: torch.Tensor) -> float:
+    """Of values in memory; 1 if they are elsewhere, all 0, or not finite."""
+    rms = math.nan if values.is_meta else float(values.detach().float().square().mean().sqrt())
+    return rms if rms > 0 and math.isfinite(rms) else 1.0

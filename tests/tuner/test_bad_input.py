@@ -176,7 +176,7 @@ def test_an_adapter_whose_codes_exceed_the_codebook(kind, way, dense_dir, tmp_pa
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         (layer if kind == "dense" else layer.base_layer).codes[3, 0] = 255
-    layer.sign("default")
+    layer.note_digests("default")
     model.save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(dense_dir)
     with pytest.raises(ValueError, match="name centroids beyond the 12 of its codebook"):

@@ -82,7 +82,7 @@ def wider(tensor: torch.Tensor) -> torch.Tensor:
 def other_digest(tensors):
     """Codes and the digest beside them changed alike: only the config's fingerprint knows."""
     from cluscomp_peft.codes import ClusterSpec, fingerprint
-    from cluscomp_peft.tuner.layer import digest_bytes
+    from cluscomp_peft.tuner.loading import digest_bytes
 
     key = UP + ("base_layer.codes" if UP + "base_layer.codes" in tensors else "codes")
     codes = tensors[key].clone()

@@ -1,4 +1,4 @@
-"""What a saved adapter's file has to hold, tensor by tensor, checked before the model that it is for is touched.
+"""The file of a saved adapter, held against what it has to be before the model that it is for is touched.
 
     for each layer                     shape                        held against
     cluscomp_delta.codebook            [m · n, g]                   the config: rank or num_blocks
@@ -13,24 +13,24 @@ could tell that a bit of them has flipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import ops
 from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, value_fingerprint
-from ..linear import is_dense_linear, weight_shape
-from .clustered_layer import VALUES
-from .config import ClusCompConfig
-from .layer import digest_bytes
+from ..linear import VALUES, is_dense_linear, weight_shape
+from .config import ClusCompConfig, Source
+from .loading import FILE_PREFIX, digest_bytes
 
-__all__ = ["FILE_PREFIX", "check_file"]
+__all__ = ["check_file"]
 
-FILE_PREFIX = "base_model.model."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Numbers that an adapter may have for each weight of a layer, where only its config says how many.
 _NUMBERS_PER_WEIGHT = 64
@@ -48,14 +48,14 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
     """Holds the file of a saved adapter against its config and the layers that it is about to be loaded into.
 
     Args:
-        config: Read from the adapter; nothing is done where it does not know its folder.
+        config: Read from the adapter; where it does not know from where, only sizes are checked.
         layers: Name to layer, of every layer it will adapt.
         specs: How the codes of each are stored.
 
     Raises:
         ValueError: If a tensor is missing, too much, of another shape or dtype, or not the one that was saved.
     """
-    path = config.find_weights((SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    path = None if config.source is None else _find(config.source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     if path is None:
         _check_sizes(config, layers, specs)
         return
@@ -111,6 +111,20 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
     if config.carries_codes:
         if config.codebook_fingerprint not in (None, combine_fingerprints(codebooks)):
             raise ValueError(_damaged(path, "the codebooks or scales"))
+
+
+def _find(source: Source, names: Sequence[str]) -> str | None:
+    """The path of the first of these files beside a config; None if there is none."""
+    for name in names:
+        path = os.path.join(source.place, source.subfolder, name)
+        if os.path.isfile(path):
+            return path
+    for name in () if os.path.isdir(source.place) else names:
+        try:
+            return hf_hub_download(source.place, name, subfolder=source.subfolder or None, **source.download)
+        except (OSError, ValueError):  # PEFT is about to ask for it too, and says what is wrong
+            continue
+    return None
 
 
 def _check_sizes(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: Mapping[str, ClusterSpec]) -> None:
