@@ -1,13 +1,7 @@
 """`ClusteredLinear`: a linear layer that stores codes, a codebook and scales, and no weight.
 
-All of its tensors are frozen parameters. Training changes it through a [`Delta`], which is added to the codebook and
-the scales on the way into the op, and merging writes the very same sum into the parameters:
-
-    codebook' = round(codebook + ΔC₁ + ΔC₂ …)         rounded to the dtype in which the codebook is stored
-    scale'    = round(scale · (1 + δ₁ + δ₂ …))
-
-Rounding happens in the forward pass too (its gradient passes straight through), so a merged layer computes bit for bit
-what the unmerged one did, and it takes the same bytes.
+All of its tensors are frozen parameters. Training changes it through a [`Delta`] (`deltas.py`), which is added to the
+codebook and the scales on the way into the op; merging writes the very same sum into the parameters.
 
 The class is deliberately no `nn.Linear`: tools that merge into `nn.Linear.weight` would write into a temporary.
 """
@@ -18,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .codes import ClusterSpec, checksum, fingerprint, num_groups, value_fingerprint
+from .deltas import Delta, apply_deltas, in_absolute_units
 from .lazy_weight import LazyWeight
-from .offloading import offload_hook, store, store_all, stored, taken_away_on_error
+from .offloading import offload_hook, offload_on_error, store, store_all, stored
 from .placement import is_whole, shape_of
 
 __all__ = [
@@ -36,14 +31,9 @@ __all__ = [
     "VALUES",
     "ClusteredLinear",
     "CodesDigest",
-    "Delta",
-    "apply_deltas",
     "count_parameters",
     "dense_bits",
-    "in_absolute_units",
     "is_dense_linear",
-    "refine",
-    "sum_deltas",
     "weight_of",
     "weight_shape",
 ]
@@ -53,43 +43,23 @@ VALUES = ("codebook", "scale_in", "scale_out")
 BASE_TENSORS = ("codes", *VALUES)
 
 
-class Delta(NamedTuple):
-    """What an adapter adds to a layer, in absolute units, fp32.
-
-    codebook: [m, n, g] with any m; together with a layer of k codebooks it makes lcm(k, m). `scale_in` [in] and
-    `scale_out` [out] are relative, 0 leaves a scale as it is; None changes nothing.
-    """
-
-    codebook: torch.Tensor
-    scale_in: torch.Tensor | None = None
-    scale_out: torch.Tensor | None = None
-
-
 class CodesDigest:
     """The digest of a layer's codes, made again only if they have changed.
 
-    What tells is a checksum of the codes themselves: an address is used again, and a version does not count what is
-    written through `.data` or by a kernel.
+    A checksum of the codes says whether they have: memory addresses are reused, and torch's version counter misses
+    writes through `.data` or by a kernel.
     """
 
     def __init__(self) -> None:
         self._known: tuple[tuple[object, ...], str] | None = None
 
     def of(self, codes: torch.Tensor, out_features: int, spec: ClusterSpec) -> str | None:
-        """The digest of codes [in, width]; if they are not whole in this process the last one, or None."""
+        """The digest of codes [in, width]; if they are not whole in this process, the last one, or None."""
         if is_whole(codes):
             key = (codes.shape, out_features, spec.group_size, spec.num_clusters, checksum(codes))
             if self._known is None or self._known[0] != key:
                 self._known = (key, fingerprint(codes, out_features, spec))
         return None if self._known is None else self._known[1]
-
-
-def in_absolute_units(numbers: ops.Numbers, num_clusters: int) -> Delta:
-    """What an adapter's numbers stand for, fp32, differentiable."""
-    unit, scale_unit = numbers.units.unbind()
-    scales = [None if part is None else part.float() * scale_unit for part in (numbers.scale_in, numbers.scale_out)]
-    codebook = numbers.codebook
-    return Delta(codebook.float().view(-1, num_clusters, codebook.shape[1]) * unit, *scales)
 
 
 class ClusteredLinear(nn.Module):
@@ -187,7 +157,7 @@ class ClusteredLinear(nn.Module):
         For model code that asks for its dtype or device, which costs nothing. Whoever computes with it decodes the
         whole matrix each time; writing into it changes nothing.
         """
-        if torch.compiler.is_compiling():  # and leaves out what only a dtype was asked of
+        if torch.compiler.is_compiling():  # a compiler drops the product where only its dtype is used
             return self._orient(self.decode(self.weight_dtype))
         shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
         make = lambda: self._orient(self.decode(self.weight_dtype))  # noqa: E731
@@ -223,7 +193,7 @@ class ClusteredLinear(nn.Module):
         """`x Wᵀ + bias` for x [..., in], with `deltas` applied to W."""
         if offload_hook(self) is None:
             return self._forward(x, deltas)
-        with taken_away_on_error(self):
+        with offload_on_error(self):
             return self._forward(x, deltas)
 
     def _forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers]) -> torch.Tensor:
@@ -260,13 +230,13 @@ class ClusteredLinear(nn.Module):
         return dense
 
     def fingerprint(self) -> str | None:
-        """Digest of the codes as they are now, wherever they are; where they are spread over processes that of the
-        last time they were not, None if they never were here.
+        """Digest of the codes as they are now, offloaded or not. Where they are spread over processes it is the last
+        one that this process has seen; None if it has seen none.
         """
         hook = offload_hook(self) if self.codes.is_meta else None
         if hook is None:
             return self._digest.of(self.codes, self.out_features, self.spec)
-        # Offloaded codes are read once: they change only with the map that leads to them.
+        # Offloaded codes are read once: whoever changes them also gives the hook another map.
         if self._digest_of_map is None or self._digest_of_map[0] is not hook.weights_map:
             codes = stored(self, "codes")
             assert codes is not None
@@ -277,7 +247,7 @@ class ClusteredLinear(nn.Module):
         return self._digest_of_map[1]
 
     def has_stray_codes(self) -> bool:
-        """Whether there are codes that no centroid belongs to: the layer came from a damaged or hostile file."""
+        """Whether codes name centroids that the codebook lacks, as those of a damaged or hostile file may."""
         codes = stored(self, "codes")
         if codes is None or not is_whole(codes):
             return False
@@ -303,56 +273,6 @@ class ClusteredLinear(nn.Module):
         return weight.t() if self.conv1d else weight
 
 
-def sum_deltas(
-    deltas: Sequence[Delta], weights: Sequence[float] | None = None, in_features: int | None = None
-) -> Delta:
-    """The (weighted) sum of deltas; codebooks of different numbers of blocks meet at their least common multiple, or
-    where that is more at one for each of the `in_features` channels.
-    """
-    weights = [1.0] * len(deltas) if weights is None else weights
-    blocks = _common_blocks([delta.codebook.shape[0] for delta in deltas], in_features)
-
-    def total(values: list[torch.Tensor | None]) -> torch.Tensor | None:
-        terms = [
-            value if weight == 1 else value * weight
-            for value, weight in zip(values, weights, strict=True)
-            if value is not None
-        ]
-        return sum(terms[1:], start=terms[0]) if terms else None
-
-    codebook = total([refine(delta.codebook, blocks) for delta in deltas])
-    assert codebook is not None
-    return Delta(codebook, total([delta.scale_in for delta in deltas]), total([delta.scale_out for delta in deltas]))
-
-
-def apply_deltas(
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    deltas: Sequence[Delta],
-    in_features: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums `deltas` onto codebook [m, n, g] and scales of a layer with `in_features` input channels.
-
-    Results are fp32 (fp64) but hold values of the codebook's dtype. The gradient with respect to the deltas ignores
-    that rounding.
-    """
-    if not deltas:
-        return codebook, scale_in, scale_out
-    dtype = codebook.dtype
-    total = sum_deltas(deltas, in_features=in_features)
-    blocks = _common_blocks([codebook.shape[0], total.codebook.shape[0]], in_features)
-    values = refine(codebook.to(total.codebook.dtype), blocks) + refine(total.codebook, blocks)
-
-    def rescale(scale: torch.Tensor | None, change: torch.Tensor | None) -> torch.Tensor | None:
-        if change is None:
-            return scale
-        factor = 1 + change
-        return ops.round_to(factor if scale is None else scale.to(factor.dtype) * factor, dtype)
-
-    return ops.round_to(values, dtype), rescale(scale_in, total.scale_in), rescale(scale_out, total.scale_out)
-
-
 def is_dense_linear(module: nn.Module) -> bool:
     """Whether the module is a layer that can be clustered: `nn.Linear`, `Conv1D`, or Falcon's own linear layer.
 
@@ -361,15 +281,15 @@ def is_dense_linear(module: nn.Module) -> bool:
     """
     if type(module) in (nn.Linear, Conv1D):
         return True
-    # Other numbers (the scales of an fp8 weight, say) say how to read this one.
+    # Further parameters or buffers (the scales of an fp8 weight, say) change what the weight means.
     bare = isinstance(module, nn.Linear) and module._parameters.keys() == {"weight", "bias"} and not module._buffers
     return bare and _computes_linear(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _computes_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a class's own `forward` is the linear map, tried out on something that has nothing but its numbers."""
-    if "forward" not in vars(kind):  # whoever inherits it has another reason to be a class of its own
+    """Whether a class's own `forward` computes x Wᵀ + b, found out by calling it with a stand-in for a layer."""
+    if "forward" not in vars(kind):  # a class that inherits it differs in something else, its weight perhaps
         return False
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator, device="cpu") for size in ((3, 5), (3,), (2, 4, 5)))
@@ -399,7 +319,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def dense_bits(model: nn.Module) -> tuple[int, int]:
     """(bytes, weights) of the linear layers of a model: clustered ones as they are stored, dense ones at their dtype.
 
-    Output embeddings count only where they are clustered: nobody counts them among the compressed matrices.
+    The output head counts only where it is clustered: published bits per weight leave it out where it stays dense.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = getattr(head, "original_module", head)
@@ -408,7 +328,7 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     while pending:
         module = pending.pop()
         if hasattr(module, "stored_bytes"):
-            # A clustered layer, or an adapter's layer around one, which counts what merging would store.
+            # A clustered layer, or a tuner layer around one, whose bytes are those after merging.
             total_bytes += module.stored_bytes()
             weights += module.in_features * module.out_features
         elif hasattr(module, "original_module"):
@@ -440,20 +360,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         # The codes of a dense base are bytes too, and no parameters.
         total += parameter.numel() * (id(parameter) not in inside and parameter.dtype != torch.uint8)
     return trainable, total
-
-
-def _common_blocks(counts: list[int], in_features: int | None) -> int:
-    """In how many blocks codebooks of these numbers of blocks can be added up."""
-    blocks = math.lcm(*counts)
-    return blocks if in_features is None or len(set(counts)) == 1 else min(blocks, in_features)
-
-
-def refine(codebook: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[m, n, g] to [blocks, n, g], for a multiple of m or one block for each input channel.
-
-    Blocks of input channels nest, because floor(floor(i·km/in) / k) = floor(i·m/in).
-    """
-    present = codebook.shape[0]
-    if blocks % present:
-        return codebook[torch.arange(blocks, device=codebook.device) * present // blocks]
-    return codebook if blocks == present else codebook.repeat_interleave(blocks // present, 0)

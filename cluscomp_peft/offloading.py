@@ -23,11 +23,11 @@ __all__ = [
     "execution_device",
     "hooks_of",
     "offload_hook",
-    "put_back",
+    "offload_on_error",
+    "restore_hooks",
     "store",
     "store_all",
     "stored",
-    "taken_away_on_error",
 ]
 
 
@@ -50,7 +50,7 @@ def stored(module: nn.Module, name: str) -> torch.Tensor | None:
         name (`str`): Such as "codes".
 
     Returns:
-        `torch.Tensor` or None: None if there is no such parameter; on meta if it is nowhere (still to be loaded).
+        `torch.Tensor` or None: None if there is no such parameter; on meta if it is still to be loaded.
     """
     value = module._parameters.get(name)
     hook = None if value is None or value.device.type != "meta" else offload_hook(module)
@@ -60,17 +60,17 @@ def stored(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def store(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Replaces a parameter of a module, frozen unless `value` is a Parameter that says otherwise; None removes it.
+    """Replaces a parameter of a module; None removes it. It is frozen unless `value` is a trainable Parameter.
 
-    An offloaded one changes where it is kept, in host memory from then on: the next call of the module would fetch the
-    old value otherwise. Files are never written. Writes into `_parameters`: accelerate's `init_empty_weights`, which
-    PEFT holds while it builds layers under `low_cpu_mem_usage`, patches registration and would send real tensors to
-    the meta device.
+    Of an offloaded parameter, the stored value is replaced too, and is in host memory from then on: the next call of
+    the module would fetch the old one otherwise. Files are never written. The value goes straight into `_parameters`:
+    PEFT builds layers under accelerate's `init_empty_weights` (`low_cpu_mem_usage`), which patches registration and
+    would move it to the meta device.
     """
     if value is not None and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     hook = offload_hook(module)
-    # While a hook has the numbers in place (PEFT merges so), whoever called it also puts them back.
+    # Where a hook has fetched the parameters (PEFT merges so), whoever called it also offloads the new ones.
     away = hook is not None and any(own is not None and own.is_meta for own in module._parameters.values())
     if hook is not None and away and value is not None and not value.is_meta:
         hook.weights_map = ChainMap({name: value.detach().cpu()}, hook.weights_map)
@@ -92,11 +92,11 @@ def store_all(module: nn.Module, values: Mapping[str, torch.Tensor | None]) -> N
 
 
 @contextmanager
-def taken_away_on_error(module: nn.Module) -> Iterator[None]:
-    """Lets the hook take an offloaded module's numbers away if its call does not come to an end.
+def offload_on_error(module: nn.Module) -> Iterator[None]:
+    """Offloads a module's parameters again if its call ends in an exception.
 
-    accelerate's hook only does so after a call. Gradient checkpointing ends the last call of each block that it
-    computes again by an exception, which would leave these layers of all blocks in memory.
+    accelerate's hook only does so where a call returns. Gradient checkpointing computes each block a second time and
+    leaves its last layer by an exception: without this, that layer of every block would stay in memory.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def taken_away_on_error(module: nn.Module) -> Iterator[None]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: of an offloaded one the device that its parameters are brought to."""
+    """The device on which the module computes; for an offloaded one, to which its parameters are fetched."""
     hook = offload_hook(module)
     if hook is None:
         return next(module.parameters()).device
@@ -122,8 +122,8 @@ def hooks_of(model: nn.Module) -> list[tuple[nn.Module, ModelHook]]:
     return [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
 
 
-def put_back(hooks: list[tuple[nn.Module, ModelHook]]) -> bool:
-    """Gives modules the hooks of [`hooks_of`] again where they were taken off; says whether any were."""
+def restore_hooks(hooks: list[tuple[nn.Module, ModelHook]]) -> bool:
+    """Attaches the hooks of [`hooks_of`] again where they were removed; True if any were."""
     lost = [(module, hook) for module, hook in hooks if not hasattr(module, "_hf_hook")]
     for module, hook in lost:
         add_hook_to_module(module, hook)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..codes import ClusterSpec, value_fingerprint
-from ..linear import BASE_TENSORS, VALUES, ClusteredLinear, apply_deltas
+from ..deltas import apply_deltas
+from ..linear import BASE_TENSORS, VALUES, ClusteredLinear
 from ..offloading import execution_device
 from ..placement import is_whole
 from .layer import ClusCompLayer, NewAdapter

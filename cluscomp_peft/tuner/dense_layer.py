@@ -2,10 +2,10 @@
 
     y = x W'ᵀ + bias,    W' = s_out · (W + ΔC[codes]) · s_in,    s = 1 + Σδ
 
-The effective weight is made inside the op, forward and backward, and never kept. Merging stores it, rounded once to
-the dtype of W, so the merged layer computes what the unmerged one did in that dtype, to the last bit. Up to rounding
-only: a Conv1D, whose own product has another layout than that of the op; and under an autocast to another 16-bit
-dtype, where the merged weight is rounded twice, the unmerged one once.
+The op makes W' in its forward and backward pass and keeps it in neither. Merging stores W' rounded once to the dtype
+of W, and the merged layer then computes, to the last bit, what the unmerged one did in that dtype. Two cases agree up
+to rounding only: a Conv1D, because its own product runs over a transposed weight; and an autocast to another 16-bit
+dtype, which rounds the merged weight a second time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..codes import ClusterSpec
-from ..linear import CodesDigest, sum_deltas, weight_of, weight_shape
+from ..deltas import sum_deltas
+from ..linear import CodesDigest, weight_of, weight_shape
 from ..placement import gathered
 from .layer import ClusCompLayer, NewAdapter
 from .units import root_mean_square

@@ -27,8 +27,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..codes import ClusterSpec
+from ..deltas import Delta, in_absolute_units, refine
 from ..lazy_weight import LazyWeight
-from ..linear import Delta, in_absolute_units, refine
 from ..offloading import offload_hook, stored
 from ..ops import Numbers
 from ..placement import is_whole

@@ -1,11 +1,10 @@
-"""Merging adapters into their base and taking it back, in one layer and in a whole model: all of it or nothing.
+"""Merging adapters into their base and unmerging them, in one layer and in a whole model: all of it or nothing.
 
     base_layer.codebook     codebook' = round(codebook + ΣΔC)        what the layer computes with while merged
     unmerged_codebook       codebook                                 a buffer of the tuner layer, in no state dict
 
-What merging replaces is kept as buffers, so that it is moved, cast, copied and pickled with the layer. A state dict
-has the unmerged numbers beside the deltas, merged or not: it means the same whatever state the model is in that loads
-it.
+What merging replaces is kept in buffers, so that it is moved, cast, copied and pickled with the layer. A state dict
+has the unmerged numbers beside the deltas, whether adapters are merged or not, so it means the same to every model.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import nn
 from ..offloading import store_all, stored
 from ..placement import is_sharded
 
-__all__ = ["MergingLayer", "all_or_nothing", "check_merging", "take_back", "tuner_layers"]
+__all__ = ["MergingLayer", "all_or_nothing", "check_merging", "set_merged", "tuner_layers"]
 
 _KEPT = "unmerged_"
 
@@ -63,7 +62,7 @@ class MergingLayer(BaseTunerLayer):
         if not self.merged:
             for name in values:
                 self.register_buffer(_KEPT + name, stored(self.base_layer, name), persistent=False)
-        self._become(values, names)
+        self._replace(values, names)
 
     def unmerge(self, warn: bool = True) -> None:
         """Restores the base layer as it was before merging, bit for bit, where the merged one is and in its dtype.
@@ -77,7 +76,7 @@ class MergingLayer(BaseTunerLayer):
             return
         self._refuse_spread()
         names = self._replaced_names()
-        self._become({name: self.base_tensor(name) for name in names}, [])
+        self._replace({name: self.base_tensor(name) for name in names}, [])
         self.forget_unmerged()
 
     def forget_unmerged(self) -> None:
@@ -133,8 +132,8 @@ class MergingLayer(BaseTunerLayer):
             refuse_non_finite(values.values(), adapter_names)
         return values
 
-    def _become(self, values: Mapping[str, torch.Tensor | None], merged_adapters: list[str]) -> None:
-        """Replaces parameters of the base layer, and what it says is merged into them."""
+    def _replace(self, values: Mapping[str, torch.Tensor | None], merged_adapters: list[str]) -> None:
+        """Replaces parameters of the base layer and the list of adapters that are merged into them; all or nothing."""
         before, numbers = self.merged_adapters, {name: stored(self.base_layer, name) for name in values}
         try:
             store_all(self.base_layer, values)
@@ -174,18 +173,18 @@ def check_merging(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Merging inside of this is taken back in every layer of the model if it does not come to an end."""
+    """If merging inside of this ends in an exception, every layer of the model is as it was before."""
     before = [(layer, list(layer.merged_adapters)) for layer in tuner_layers(model)]
     try:
         yield
     except BaseException:
         for layer, names in before:
-            take_back(layer, names)
+            set_merged(layer, names)
         raise
 
 
-def take_back(module: nn.Module, merged_adapters: list[str]) -> None:
-    """Merges exactly these adapters into the tuner layers in a module, whatever is merged now."""
+def set_merged(module: nn.Module, merged_adapters: list[str]) -> None:
+    """Makes these the adapters that are merged into the tuner layers of a module, whichever are merged now."""
     for layer in tuner_layers(module):
         if list(layer.merged_adapters) != merged_adapters:
             layer.unmerge()

@@ -1,10 +1,11 @@
-"""`ClusCompModel`: PEFT's tuner. It finds the layers, checks everything that can be wrong before it touches one, puts
-the tuner layers in place, and says what an adapter file holds.
+"""`ClusCompModel`: PEFT's tuner. It finds the layers of an adapter, checks everything that can be wrong before it
+touches one, and puts the tuner layers in place.
 
     plan      match names, validate settings, weights, saved file and fingerprint (planning.py, saving.py), cluster
               dense layers (clustering.py); nothing is changed, errors end here
     replace   compressed layer → ClusCompLinear; dense layer and its codes → ClusCompLinear or ClusCompDenseLinear
-    save      see saving.py
+    load      checks in saving.py and adapter_file.py; how tensors arrive in loading.py
+    save      saving.py
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
 from ..compress.budget.targets import default_targets
+from ..deltas import sum_deltas
 from ..layout import expand
-from ..linear import ClusteredLinear, sum_deltas
-from ..offloading import execution_device, put_back
+from ..linear import ClusteredLinear
+from ..offloading import execution_device, restore_hooks
 from ..placement import is_partitioned
 from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, empty_layer
@@ -35,7 +37,7 @@ from .config import ClusCompConfig, config_of_sum
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, NewAdapter
 from .loading import adapted_layers, prepare_tensors
-from .merging import all_or_nothing, check_merging, take_back, tuner_layers
+from .merging import all_or_nothing, check_merging, set_merged, tuner_layers
 from .planning import check_layers, spec_of
 from .saving import check_saved, complete_tensors, read_facts
 from .units import count_blocks
@@ -83,18 +85,18 @@ class ClusCompModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, is_sum: bool = False, **kwargs: Any
     ) -> None:
-        # Of this tuner, by which PEFT's own code finds what is trained and has the adapter's dtype: units and digests,
-        # which loaders know by the method's prefix, are neither.
+        # By the prefix of the tuner object PEFT finds what is trained and cast. By that of the class, loaders find all
+        # tensors of an adapter: units and digests as well, which must be neither trained nor cast.
         self.prefix = "cluscomp_delta"
         config = self.peft_config[adapter_name]
         injection = self._injection = Injection(config if config.is_saved else None, is_sum)
-        if injection.saved is not None:  # a further adapter that is made from the model's config starts anew
-            self.peft_config[adapter_name] = config.without_facts()
-        # PeftModel.from_pretrained took the hooks of offloaded layers off, and would dispatch the model anew when the
-        # weights are in, to another map and with the deltas offloaded too.
-        if put_back(getattr(getattr(model, "hf_quantizer", None), "hooks", [])):
+        # PeftModel.from_pretrained removes the hooks of offloaded layers. When the weights are in, it would dispatch
+        # the model again, by another map and with the deltas offloaded too.
+        if restore_hooks(getattr(getattr(model, "hf_quantizer", None), "hooks", [])):
             self.hf_device_map = None  # hides the model's own until the weights are in
         try:
+            if config.is_saved:  # a further adapter that is made from the model's config starts anew
+                self.peft_config[adapter_name] = config.without_facts()
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             for parent, name, layer in reversed(injection.replaced):
@@ -216,7 +218,7 @@ class ClusCompModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would read child.weight.
-        if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be taken back
+        if not (isinstance(child, ClusCompDenseLinear) and child.merged):  # that cannot be undone
             self._injection.replaced.append((parent, child_name, child))
         setattr(parent, child_name, new_module)
 
@@ -256,9 +258,11 @@ class ClusCompModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As PEFT's; with `safe_merge` every layer is checked before the first is written. What interrupts it leaves
-        all layers as they were, but for a dense base, where keeping the weights would take their memory twice: those
-        that are merged already are plain layers then, and the next call does the others.
+        """As PEFT's. With `safe_merge` every layer is checked before the first is written.
+
+        An error or an interrupt leaves all layers as they were. A dense base is the exception, because keeping its
+        weights would take their memory twice: layers that are merged by then are plain ones, and the next call merges
+        the others.
         """
         if merge and safe_merge:
             check_merging(self.model, adapter_names)
@@ -270,7 +274,7 @@ class ClusCompModel(BaseTuner):
             for parent, name, layer in reversed(injection.replaced):
                 setattr(parent, name, layer)
             for layer in tuner_layers(self.model):
-                take_back(layer, merged[layer])
+                set_merged(layer, merged[layer])
             raise
         finally:
             self._injection = Injection()
@@ -368,7 +372,7 @@ class ClusCompModel(BaseTuner):
 
 
 def _present_name(key: str) -> str:
-    """The key of a file as it is called now; transformers' loader knows ours by the prefix, which digests had not."""
+    """The key of a file as it is called now: in older files the key of a digest lacks the method's prefix."""
     return key.removesuffix("code_digest") + "cluscomp_code_digest" if key.endswith(".code_digest") else key
 
 

@@ -4,8 +4,8 @@
     on a dense base          deltas and codes
     dense-born               deltas, codes, codebooks and scales: the base itself is part of the adapter
 
-The config that PEFT writes beside the file says how the codes are stored (`layout`) and which they are
-(`fingerprint`). Both are read off the model at the moment of saving, so they cannot go stale.
+The config that PEFT writes beside the file says how the codes are stored (`layout`) and which codes they are
+(`fingerprint`). Both are read off the model when it is saved.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
 
 from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
+from cluscomp_peft.deltas import Delta
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
-from cluscomp_peft.linear import Delta
 from cluscomp_peft.offloading import execution_device, offload_hook, stored
 from tests.conftest import config_for, logits_of, tiny_llama, train_briefly
 

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompLayer, offloading
-from cluscomp_peft.linear import Delta
+from cluscomp_peft.deltas import Delta
 from tests.conftest import config_for, logits_of
 from tests.test_linear import CLUSTERS, GROUP, IN, clustered, delta, inputs
 
