@@ -1,8 +1,8 @@
 """`ClusCompModel`: PEFT's tuner. It finds the layers of an adapter, checks everything that can be wrong before it
 touches one, and puts the tuner layers in place.
 
-    plan      match names, validate settings, weights, saved file and fingerprint (planning.py, saving.py), cluster
-              dense layers (clustering.py); nothing is changed, errors end here
+    plan      match names (targets.py), validate settings, weights, saved file and fingerprint (planning.py,
+              saving.py), cluster dense layers (clustering.py); nothing is changed, errors end here
     replace   compressed layer → ClusCompLinear; dense layer and its codes → ClusCompLinear or ClusCompDenseLinear
     load      checks in saving.py and adapter_file.py; how tensors arrive in loading.py
     save      saving.py
@@ -10,7 +10,6 @@ touches one, and puts the tuner layers in place.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
-from ..compress.budget.targets import default_targets
 from ..deltas import sum_deltas
 from ..layout import expand
 from ..linear import ClusteredLinear
@@ -40,6 +38,7 @@ from .loading import adapted_layers, prepare_tensors
 from .merging import all_or_nothing, check_merging, set_merged, tuner_layers
 from .planning import check_layers, spec_of
 from .saving import check_saved, complete_tensors, read_facts
+from .targets import default_targets, matched_layers
 from .units import count_blocks
 
 __all__ = ["ClusCompModel"]
@@ -120,8 +119,8 @@ class ClusCompModel(BaseTuner):
         peft_config.check()
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            peft_config.target_modules = self._default_targets(peft_config)  # type: ignore[assignment]
-        layers = self._matched(peft_config)
+            peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
+        layers = matched_layers(self.model, peft_config)
         injection = self._injection
         injection.trained_blocks = count_blocks(layers)
         check_layers(self.model, peft_config, layers, is_new=injection.saved is None, is_sum=injection.is_sum)
@@ -132,48 +131,6 @@ class ClusCompModel(BaseTuner):
             injection.specs = expand(injection.saved.layout, layers, prefix)
             check_saved(injection.saved, layers, injection.specs)
         return peft_config
-
-    def _default_targets(self, config: ClusCompConfig) -> set[str]:
-        """Every clustered layer; on a dense model every linear layer but heads; none that is not called. Layers filter
-        applied here, because PEFT does not apply it to full names."""
-        model = self.model
-        layers = {name for name, module in model.named_modules() if isinstance(module, ClusCompLayer)}
-        layers |= {
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, ClusteredLinear) and name.removesuffix(".base_layer") not in layers
-        }
-        if not layers:
-            layers = set(default_targets(model))
-        layers -= computed_with(model).keys() | handed_to_kernels(model).keys()
-        if not layers:
-            raise ValueError(f"{type(model).__name__} has no linear layer to adapt; name some in target_modules.")
-        if config.layers_to_transform is not None:
-            probe = copy.copy(config)
-            probe.exclude_modules = None
-            chosen = set()
-            for name in layers:
-                probe.target_modules = {name.rpartition(".")[2]}  # type: ignore[assignment]
-                if check_target_module_exists(probe, name):
-                    chosen.add(name)
-            if not chosen:
-                raise ValueError(
-                    f"no linear layer has an index in layers_to_transform={config.layers_to_transform!r} "
-                    f"(layers_pattern={config.layers_pattern!r})."
-                )
-            layers = chosen
-        return layers
-
-    def _matched(self, config: ClusCompConfig) -> dict[str, nn.Module]:
-        """The layers that PEFT will hand to `_create_and_replace`, in its order."""
-        matched: dict[str, nn.Module] = {}
-        inside: list[str] = []
-        for name, module in self.model.named_modules():
-            if name and not name.startswith(tuple(inside)) and self._check_target_module_exists(config, name):
-                matched[name] = module
-            if isinstance(module, BaseTunerLayer):
-                inside.append(f"{name}.")
-        return matched
 
     # -- replace
 
