@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from cluscomp_peft import ClusCompConfig, ops
 from cluscomp_peft.codes import ClusterSpec, checksum, code_bits, fingerprint, num_groups, pack
 from cluscomp_peft.deltas import Delta, apply_deltas
-from cluscomp_peft.linear import ClusteredLinear, dense_bits, is_dense_linear, weight_of
+from cluscomp_peft.dense import is_dense_linear, weight_of
+from cluscomp_peft.linear import ClusteredLinear, dense_bits
 
 IN, OUT, GROUP, CLUSTERS = 10, 13, 3, 6
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

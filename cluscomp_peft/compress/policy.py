@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..clustering import QUALITIES, kmeans
 from ..codes import ClusterSpec, pack
-from ..linear import ClusteredLinear, weight_of
+from ..dense import weight_of
+from ..linear import ClusteredLinear
 from .budget.allocation import choose_spec
 from .budget.coverage import coverage_line
 from .budget.targets import default_targets, dense_linears, linear_weights

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from ..codes import ClusterSpec
 from ..compress.stream.source import renaming_of
+from ..dense import weight_shape
 from ..layout import expand
-from ..linear import weight_shape
 from .architecture import empty_model
 from .config import ClusCompQuantizationConfig
 

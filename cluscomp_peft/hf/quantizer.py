@@ -27,8 +27,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.stream.pipeline import TOGETHER
+from ..dense import is_dense_linear, weight_of
 from ..layout import expand, summarize
-from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..linear import ClusteredLinear
 from ..offloading import hooks_of, offload_hook
 from .checkpoint import check_tensors
 from .config import ClusCompQuantizationConfig

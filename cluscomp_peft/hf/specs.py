@@ -18,7 +18,7 @@ from ..compress.policy import CODEBOOK_DTYPES, Policy
 from ..compress.stream.journal import JOURNAL, LOCK, Journal
 from ..compress.stream.pipeline import Calibration
 from ..compress.stream.source import DenseCheckpoint
-from ..linear import weight_of
+from ..dense import weight_of
 from .report_page import render_report
 
 __all__ = ["specs_of_run"]

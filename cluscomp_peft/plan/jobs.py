@@ -9,7 +9,7 @@ from functools import partial
 
 from ..codes import ClusterSpec
 from ..compress.stream.pipeline import TOGETHER
-from ..linear import weight_of
+from ..dense import weight_of
 from .model import Model, Use, from_widths
 from .parts import BACKWARD, GIB, LOSS, Job, Part
 from .settings import Settings

@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from ..codes import ClusterSpec
 from ..compress.calibration.blocks import find_blocks
 from ..compress.policy import DEFAULT_BITS
+from ..dense import is_dense_linear, weight_of
 from ..hf.checkpoint import check_folder
 from ..hf.config import ClusCompQuantizationConfig
 from ..layout import expand
-from ..linear import ClusteredLinear, is_dense_linear, weight_of
+from ..linear import ClusteredLinear
 from ..tuner.clustered_layer import ClusCompLinear
 from ..tuner.config import ClusCompConfig
 from ..tuner.layer import NewAdapter

@@ -25,7 +25,8 @@ from torch import nn
 
 from .. import ops
 from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, value_fingerprint
-from ..linear import VALUES, is_dense_linear, weight_shape
+from ..dense import is_dense_linear, weight_shape
+from ..linear import VALUES
 from .config import ClusCompConfig, Source
 from .loading import FILE_PREFIX, digest_bytes
 

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
-from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
+from ..dense import is_dense_linear, weight_of, weight_shape
+from ..linear import ClusteredLinear
 from ..placement import gathered, is_partitioned
 from .config import ClusCompConfig
 from .planning import check_weight, spec_of

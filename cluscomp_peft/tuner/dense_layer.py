@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..codes import ClusterSpec
 from ..deltas import sum_deltas
-from ..linear import CodesDigest, weight_of, weight_shape
+from ..dense import weight_of, weight_shape
+from ..linear import CodesDigest
 from ..placement import gathered
 from .layer import ClusCompLayer, NewAdapter
 from .units import root_mean_square

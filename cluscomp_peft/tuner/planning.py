@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.matrix.cluster import check_finite, check_range
-from ..linear import ClusteredLinear, is_dense_linear, weight_of, weight_shape
+from ..dense import is_dense_linear, weight_of, weight_shape
+from ..linear import ClusteredLinear
 from ..offloading import offload_hook
 from ..placement import is_whole
 from .clustered_layer import ClusCompLinear

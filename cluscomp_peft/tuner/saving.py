@@ -18,8 +18,9 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..codes import ClusterSpec, combine_fingerprints
+from ..dense import is_dense_linear
 from ..layout import summarize
-from ..linear import ClusteredLinear, is_dense_linear
+from ..linear import ClusteredLinear
 from ..offloading import stored
 from ..placement import is_whole, shape_of
 from .adapter_file import check_file

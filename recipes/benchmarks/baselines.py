@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.calibration.text import read_documents, token_windows
+from cluscomp_peft.dense import weight_of
 from cluscomp_peft.hf.evaluate import evaluate
-from cluscomp_peft.linear import weight_of
 
 METHODS = ("rtn", "nf4", "hqq", "gptq")
 ZEROS = ("fp16", "packed")

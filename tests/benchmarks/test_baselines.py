@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.calibration.text import token_windows
+from cluscomp_peft.dense import weight_of
 from cluscomp_peft.hf.evaluate import evaluate
-from cluscomp_peft.linear import weight_of
 from tests.conftest import WORDS, logits_of, tiny_llama
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"

@@ -35,7 +35,8 @@ from transformers import (
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear, linear
+from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
+from cluscomp_peft import dense as dense_layers
 from cluscomp_peft.cli import main
 from cluscomp_peft.codes import unpack
 from cluscomp_peft.compress.calibration.activations import Stream
@@ -649,10 +650,10 @@ def test_linear_layers_of_a_class_of_their_own(calibrated, text, tokenizer, toke
     flags = dict(calibration=text, **QUICK) if calibrated else {}
     with monkeypatch.context() as patch:
         patch.setattr(FalconLinear, "forward", lambda self, x: 2 * (x @ self.weight.T))
-        linear._computes_linear.cache_clear()
+        dense_layers._computes_linear.cache_clear()
         refused("blocks of FalconForCausalLM are made of FalconLinear", tmp_path, source, str(tmp_path / "out"),
                 quick_config(), **flags)  # fmt: skip
-    linear._computes_linear.cache_clear()
+    dense_layers._computes_linear.cache_clear()
     compress_checkpoint(source, str(tmp_path / "out"), quick_config(), **flags)
     dense, model = (AutoModelForCausalLM.from_pretrained(path) for path in (source, str(tmp_path / "out")))
     layers = [module for module in model.modules() if isinstance(module, ClusteredLinear)]

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...dense import is_dense_linear
 from ...lazy_weight import LazyWeight
-from ...linear import is_dense_linear
 from .uses import weight_uses
 
 __all__ = ["computed_with", "handed_to_kernels"]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...linear import is_dense_linear, weight_of
+from ...dense import is_dense_linear, weight_of
 from ..calibration.blocks import BlockModel
 
 __all__ = ["measure_sensitivity"]

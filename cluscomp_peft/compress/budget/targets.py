@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from ...linear import ClusteredLinear, is_dense_linear
+from ...dense import is_dense_linear
+from ...linear import ClusteredLinear
 from .called import computed_with
 
 __all__ = [

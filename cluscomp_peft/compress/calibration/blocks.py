@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...linear import is_dense_linear, weight_of
+from ...dense import is_dense_linear, weight_of
 from ..stream.source import DenseCheckpoint
 
 __all__ = ["BlockModel", "find_blocks"]

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from ...codes import ClusterSpec, num_groups, pack, unpack
-from ...linear import ClusteredLinear, weight_of
+from ...dense import weight_of
+from ...linear import ClusteredLinear
 from ..calibration.blocks import BlockModel
 from ..policy import Policy
 from .feedback import cholesky, damp, refine_codes

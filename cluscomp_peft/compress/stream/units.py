@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...codes import ClusterSpec
-from ...linear import weight_of
+from ...dense import weight_of
 from ..calibration.blocks import find_blocks
 from .source import DenseCheckpoint
 
