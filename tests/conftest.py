@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+THEIR_OWN_DEPRECATIONS: list[str] = []
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 
@@ -30,6 +32,28 @@ WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls():
+    """Fails a test during which transformers or PEFT logged that something is deprecated: transformers logs most of
+    what it is about to remove instead of warning. What they do to themselves is named in `THEIR_OWN_DEPRECATIONS`."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if "deprecat" in message.lower() and not any(known in message for known in THEIR_OWN_DEPRECATIONS):
+                said.append(f"{record.name}: {message}")
+
+    listener = Listener(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(listener)
+    yield
+    for logger in loggers:
+        logger.removeHandler(listener)
+    assert not said, said
 
 
 @pytest.fixture(scope="session")

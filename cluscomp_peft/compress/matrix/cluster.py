@@ -55,6 +55,7 @@ def cut_into_vectors(
     """
     if spec.num_blocks != 1:
         raise ValueError(f"{name}: a weight is clustered into one codebook, got num_blocks={spec.num_blocks}.")
+    weight = weight.detach()  # codes have no gradient
     check_finite(weight, name)
     check_range(weight, codebook_dtype, name)
     weight = weight.float()
