@@ -196,6 +196,7 @@ def windows(options: argparse.Namespace, tokenizer: Any, model: Any) -> tuple[li
 
 def arguments(options: argparse.Namespace, work: str) -> TrainingArguments:
     often = max(1, options.steps // options.evaluations)
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # since transformers 5.23
     return TrainingArguments(
         output_dir=work,
         max_steps=options.steps,
@@ -208,7 +209,6 @@ def arguments(options: argparse.Namespace, work: str) -> TrainingArguments:
         gradient_accumulation_steps=options.gradient_accumulation,
         bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=options.gradient_checkpointing,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=often,
@@ -219,6 +219,7 @@ def arguments(options: argparse.Namespace, work: str) -> TrainingArguments:
         logging_steps=often,
         report_to="none",
         seed=options.seed,
+        **{"activation_checkpointing" if renamed else "gradient_checkpointing": options.gradient_checkpointing},
     )
 
 

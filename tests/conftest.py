@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
-import logging
 import runpy
 import sys
 from pathlib import Path
@@ -16,15 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from tests import deprecations
 
 # Tiny tensors: a second thread costs more than it gives, and two workers share the machine.
 torch.set_num_threads(1)
+torch.set_warn_always(True)  # whichever test comes first
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-THEIR_OWN_DEPRECATIONS: list[str] = []
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 
@@ -35,25 +41,11 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def no_deprecated_calls():
-    """Fails a test during which transformers or PEFT logged that something is deprecated: transformers logs most of
-    what it is about to remove instead of warning. What they do to themselves is named in `THEIR_OWN_DEPRECATIONS`."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if "deprecat" in message.lower() and not any(known in message for known in THEIR_OWN_DEPRECATIONS):
-                said.append(f"{record.name}: {message}")
-
-    listener = Listener(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl", "accelerate")]
-    for logger in loggers:
-        logger.addHandler(listener)
+def nothing_deprecated():
+    """Fails a test in which this project calls what another package has deprecated."""
+    deprecations.listen()
     yield
-    for logger in loggers:
-        logger.removeHandler(listener)
-    assert not said, said
+    deprecations.check()
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +130,16 @@ def train_briefly(model, tokens: torch.Tensor, steps: int = 3, lr: float = 5e-4)
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+# What transformers' trainer calls checkpointing of activations: its name since 5.23, and before.
+RENAMED = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
+
+
+def checkpoint_activations(model, use_reentrant: bool = False) -> None:
+    """Has a transformers model compute its blocks' activations again in the backward pass."""
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
 
 
 BORN = dict(group_size=3, num_clusters=12, scales=True)

@@ -22,7 +22,7 @@ from cluscomp_peft.compress.recovery import (
     recovery_losses,
 )
 from cluscomp_peft.hf.evaluate import true_bits
-from tests.conftest import WORDS, logits_of, tiny_llama
+from tests.conftest import CHECKPOINTING, WORDS, logits_of, tiny_llama
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "recover.py")
 
@@ -184,7 +184,7 @@ def test_loss_is_the_mean_over_tokens_however_batches_are_cut(tmp_path, dense_di
         torch.testing.assert_close(parameters, results[0][1], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", [{"bf16": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("how", [{"bf16": True}, {CHECKPOINTING: True}])
 def test_autocast_and_gradient_checkpointing(tmp_path, dense_dir, rough_dir, rows, how):
     teacher = AutoModelForCausalLM.from_pretrained(dense_dir)
     norms = []

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tests.conftest import config_for, logits_of, train_briefly
+from tests.conftest import CHECKPOINTING, checkpoint_activations, config_for, logits_of, train_briefly
 from tests.gpu.conftest import LENGTHS
 
 KINDS = ["compressed", "born", "dense"]
@@ -28,7 +28,7 @@ def deltas(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def checkpointed(model):
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     return model
 
 
@@ -143,7 +143,7 @@ def test_the_trainer_of_transformers(models, text, device, precision, tmp_path):
     model = get_peft_model(models.load(dtype=dtype), config_for("compressed"))
     before = deltas(model)
     rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in text(40, 8).cpu()]
-    settings = {precision: True, "use_cpu": device == "cpu", "gradient_checkpointing": True}
+    settings = {precision: True, "use_cpu": device == "cpu", CHECKPOINTING: True}
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,

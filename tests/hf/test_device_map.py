@@ -24,7 +24,7 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.deltas import Delta
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.offloading import execution_device, offload_hook, stored
-from tests.conftest import config_for, logits_of, tiny_llama, train_briefly
+from tests.conftest import checkpoint_activations, config_for, logits_of, tiny_llama, train_briefly
 
 CPU = torch.device("cpu")
 MAP = {
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_fetches_codes_again(folder, tokens, use_reentran
     losses = []
     for load in (resident, on_disk):
         model = load(folder)
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpoint_activations(model, use_reentrant)
         model.enable_input_require_grads()
         losses.append(train_briefly(get_peft_model(model, config_for("compressed")), tokens))
     assert losses[0] == losses[1]
@@ -265,7 +265,7 @@ def test_what_is_offloaded_cannot_be_trained_whole(folder):
 def test_a_recomputed_block_leaves_nothing_behind(folder, tokens):
     """torch ends the computation of a block for the second time by an exception in its last layer."""
     model = on_disk(folder)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     train_briefly(get_peft_model(model, config_for("compressed")), tokens, steps=1)
     assert len(offloaded(model)) == 14
 
