@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..codes import ClusterSpec
+from ..compress.calibration.inputs import KEPT_BYTES
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
 from .model import Model, Use, from_widths
@@ -158,10 +159,12 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
     rows = max(1, min(_BATCH_TOKENS // length, settings.samples // _BATCHES))
     use = max(model.training(settings.bits, rows, length).values(), key=lambda use: use.work, default=None)
     use = use or from_widths(model, "train", 0, rows, length)
+    kept = sum(weight_of(model.linears[name]).shape[1] for name in names) * settings.samples * length * size
     trained = sum(spec.num_clusters * spec.group_size for name, spec in specs.items() if name in names)
     parts = [
         Part("embeddings and head", outside * size),
         Part("one dense block", sum(map(weights.__getitem__, names)) * size),
+        Part("inputs of its layers, as far as they are kept", min(kept, KEPT_BYTES), "feedback"),
         Part("error feedback of the largest matrix", int(largest), "feedback"),
         Part("reconstruction: activations", use.work * size // model.dtype.itemsize, "reconstruction"),
         Part("reconstruction: codebooks, gradients, Adam", 20 * trained, "reconstruction"),

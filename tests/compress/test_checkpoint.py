@@ -39,6 +39,7 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft import dense as dense_layers
 from cluscomp_peft.cli import main
 from cluscomp_peft.codes import unpack
+from cluscomp_peft.compress.calibration import inputs as inputs_module
 from cluscomp_peft.compress.calibration.activations import Stream
 from cluscomp_peft.compress.calibration.blocks import BlockModel
 from cluscomp_peft.compress.calibration.text import read_documents, token_windows
@@ -852,3 +853,13 @@ def test_layers_of_a_block_read_their_input_once(dense, text, monkeypatch, tmp_p
     compress_checkpoint(dense("qwen3"), str(tmp_path / "out"), quick_config(), calibration=text, **QUICK)
     ends = [[name.rpartition(".")[2] for name in names] for names in seen[:4]]
     assert ends == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_inputs_of_the_dense_block_are_kept_or_computed_again_to_the_same_end(dense, text, monkeypatch, tmp_path):
+    fingerprints = []
+    for room in (inputs_module.KEPT_BYTES, 20_000, 0):
+        monkeypatch.setattr(inputs_module, "KEPT_BYTES", room)
+        target = str(tmp_path / f"out{room}")
+        compress_checkpoint(dense("qwen3"), target, quick_config(), calibration=text, **QUICK)
+        fingerprints.append(AutoConfig.from_pretrained(target).quantization_config["fingerprint"])
+    assert len(set(fingerprints)) == 1

@@ -24,6 +24,7 @@ from ...codes import ClusterSpec, num_groups, pack, unpack
 from ...dense import weight_of
 from ...linear import ClusteredLinear
 from ..calibration.blocks import BlockModel
+from ..calibration.inputs import BlockInputs, Moments
 from ..policy import Policy
 from .feedback import cholesky, damp, refine_codes
 from .reconstruction import reconstruct
@@ -50,32 +51,12 @@ class BlockSettings:
     threads: int | None = None
 
 
-@dataclass
-class _Moments:
-    """Of one layer's inputs: E[x̂ x̂ᵀ], and E[(x − x̂) x̂ᵀ] as long as both blocks give it the same tokens."""
-
-    hessian: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
-    tokens: int = 0
-    unlike: bool = False
-
-    def add(self, dense: torch.Tensor, compressed: torch.Tensor) -> None:
-        seen = compressed.t() @ compressed
-        self.hessian = seen if self.hessian is None else self.hessian + seen
-        self.tokens += len(compressed)
-        if dense.shape != compressed.shape:
-            self.unlike = True  # experts: routing may send other tokens
-        if not self.unlike:
-            seen = (dense - compressed).t() @ compressed
-            self.drift = seen if self.drift is None else self.drift + seen
-
-
 @torch.no_grad()
 def compress_block(
     model: BlockModel,
     index: int,
     specs: dict[str, ClusterSpec],
-    dense: Sequence[torch.Tensor],
+    inputs: BlockInputs,
     compressed: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
     held_out: int,
@@ -87,8 +68,9 @@ def compress_block(
     Args:
         model ([`BlockModel`]): The block at `index` has its dense weights.
         specs: Full layer name to spec, of the layers of this block.
-        dense, compressed: Inputs of the block in the dense model, and after the compressed blocks before it.
-        targets: Outputs of the dense block for `dense`.
+        inputs ([`BlockInputs`]): Of its dense layers, after the dense block has run.
+        compressed: Inputs of the block after the compressed blocks before it, [batch, length, hidden].
+        targets: Outputs of the dense block in the dense model.
         held_out (`int`): The last so many batches judge reconstruction; where there are more, neither codes nor
             codebooks see them.
         settings ([`BlockSettings`]): How.
@@ -101,14 +83,14 @@ def compress_block(
     Raises:
         ValueError: If activations or weights are NaN or infinite.
     """
-    originals = {name: model.model.get_submodule(name) for name in specs}
     done: dict[str, ClusteredLinear] = {}
     matrices: dict[str, dict[str, Any]] = {}
-    for names in _groups(model, index, originals, dense[0]):
-        moments = _observe(model, index, names, originals, done, dense, compressed, max(1, len(dense) - held_out))
+    for names in inputs.groups:
+        moments = _observe(model, inputs, names, done, compressed)
         for name in names:
-            done[name], matrices[name] = _cluster(name, originals[name], specs[name], moments, settings)
-            progress(weight_of(originals[name]).numel())
+            original = inputs.layers[name]
+            done[name], matrices[name] = _cluster(name, original, specs[name], *moments, settings)
+            progress(weight_of(original).numel())
     _install(model, done)
     epochs = settings.epochs if len(compressed) > held_out else 0
     try:
@@ -133,69 +115,32 @@ def compress_block(
     }
 
 
-def _groups(model: BlockModel, index: int, layers: dict[str, nn.Module], example: torch.Tensor) -> list[list[str]]:
-    """Layers that are given the very same tensor, in the order in which they are called; those never called last."""
-    groups: dict[Any, list[str]] = {}
-    alive: list[torch.Tensor] = []  # so that no address is used twice
-
-    def note(name: str, x: torch.Tensor) -> None:
-        if any(name in names for names in groups.values()):
-            return
-        alive.append(x)
-        groups.setdefault((x.data_ptr(), tuple(x.shape)), []).append(name)
-
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        model.run(index, example.to(model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = {name for names in groups.values() for name in names}
-    return [*groups.values(), *([name] for name in layers if name not in called)]
-
-
 def _observe(
     model: BlockModel,
-    index: int,
+    inputs: BlockInputs,
     names: list[str],
-    originals: dict[str, nn.Module],
-    done: dict[str, ClusteredLinear],
-    dense: Sequence[torch.Tensor],
+    done: Mapping[str, nn.Module],
     compressed: Sequence[torch.Tensor],
-    batches: int,
-) -> _Moments:
-    """Moments of the input that all layers of a group are given, over the first so many batches."""
-    seen: list[torch.Tensor] = []
-    handle = originals[names[0]].register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].detach().flatten(0, -2).float())
-    )
-    moments = _Moments()
-
-    def inputs(hidden: torch.Tensor) -> torch.Tensor | None:
-        seen.clear()
-        model.run(index, hidden.to(model.device))
-        return torch.cat(seen) if seen else None
-
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Moments of the input that all layers of a group are given, over the batches that are fitted."""
+    name, moments = names[0], Moments()
     try:
-        for batch in range(batches):
-            _install(model, originals)
-            before = inputs(dense[batch])
+        for batch in range(inputs.fitted):
+            before = inputs.dense(name, batch)
             _install(model, done)
-            after = inputs(compressed[batch])
+            after = inputs.now(name, compressed[batch])
+            _install(model, inputs.layers)
             if before is not None and after is not None:
                 moments.add(before, after)
     finally:
-        handle.remove()
-        _install(model, originals)
+        _install(model, inputs.layers)
+        inputs.forget(name)
     if moments.hessian is not None and not bool(torch.isfinite(moments.hessian).all()):
         raise ValueError(
-            f"the inputs of {names[0]} are NaN or infinite on the calibration text: the model's weights are damaged, "
+            f"the inputs of {name} are NaN or infinite on the calibration text: the model's weights are damaged, "
             "or its dtype is too narrow for it. Compress it with --dtype float32, or calibrate on other text."
         )
-    return moments
+    return moments.means()
 
 
 def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:
@@ -204,17 +149,21 @@ def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _cluster(
-    name: str, dense: nn.Module, spec: ClusterSpec, moments: _Moments, settings: BlockSettings
+    name: str,
+    dense: nn.Module,
+    spec: ClusterSpec,
+    hessian: torch.Tensor | None,
+    drift: torch.Tensor | None,
+    settings: BlockSettings,
 ) -> tuple[ClusteredLinear, dict[str, Any]]:
     weight = weight_of(dense).detach().float()
-    hessian = None if moments.hessian is None else moments.hessian / moments.tokens
     if hessian is not None and not bool((hessian.diagonal() > 0).any()):
         hessian = None  # never excited
     wanted = weight
-    if settings.feedback and hessian is not None and moments.drift is not None and not moments.unlike:
+    if settings.feedback and hessian is not None and drift is not None:
         # W* = W + W E[(x − x̂) x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
-        drift = weight @ (moments.drift / moments.tokens)
-        wanted = weight + torch.cholesky_solve(drift.t().double(), cholesky(damp(hessian))).t().float()
+        lost = (weight @ drift).t().double()
+        wanted = weight + torch.cholesky_solve(lost, cholesky(damp(hessian))).t().float()
     importance = None if hessian is None else hessian.diagonal()
     layer = settings.policy.cluster(name, dense, spec, weight=wanted, importance=importance, threads=settings.threads)
     report: dict[str, Any] = {"output_error": {"clustered": _output_error(layer, weight, hessian)}}

@@ -37,8 +37,8 @@ def refine_codes(
     codebook: torch.Tensor,
     hessian: torch.Tensor,
     *,
-    sweeps: int = 2,
-    solver_steps: int = 12,
+    sweeps: int = 3,
+    solver_steps: int = 3,
     threads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Better codes and codebook for the layer's outputs.
@@ -48,8 +48,9 @@ def refine_codes(
         codes (`torch.Tensor`): [in, groups] int64, from K-means.
         codebook (`torch.Tensor`): [n, g] fp32.
         hessian (`torch.Tensor`): H' [in, in] fp32, E[x xᵀ] times s_in on both sides.
-        sweeps (`int`): Rounds of settle and revisit after the first pass.
-        solver_steps (`int`): Steps of conjugate gradients of one settle.
+        sweeps (`int`): Rounds of revisit and settle after the first pass. On SmolLM2-135M at 3.1 bits a second one
+            lowers L by 1 to 2 %, a third by another 1 %, a fourth by 0.6 %.
+        solver_steps (`int`): Steps of conjugate gradients of one settle. There 3 end within 0.3 % of 12.
         threads (`int`, *optional*): Of the search for centroids.
 
     Returns:

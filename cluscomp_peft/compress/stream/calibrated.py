@@ -21,6 +21,7 @@ from ...codes import ClusterSpec
 from ...linear import ClusteredLinear
 from ..calibration.activations import Stream
 from ..calibration.blocks import BlockModel
+from ..calibration.inputs import BlockInputs
 from ..matrix.block import BlockSettings, compress_block
 from .journal import Journal
 
@@ -100,7 +101,10 @@ class CalibratedBlocks:
         now, then = index % 2, 1 - index % 2
         model, device = self.model, self.model.device
         with torch.no_grad(), model.loaded(index):
-            self.dense[then].write(model.run(index, part.to(device)) for part in self.dense[now])
+            originals = {name: model.model.get_submodule(name) for name in specs}
+            fitted = max(1, len(self.dense[now]) - self.held_out)
+            inputs = BlockInputs(model, index, originals, self.dense[now], fitted)
+            self.dense[then].write(inputs.outputs())
             layers: dict[str, ClusteredLinear] = {}
             report: dict[str, Any] = {}
             if specs:
@@ -108,7 +112,7 @@ class CalibratedBlocks:
                     model,
                     index,
                     specs,
-                    self.dense[now],
+                    inputs,
                     self.compressed[now],
                     self.dense[then],
                     self.held_out,
