@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from .clustering import QUALITIES
+from .failures import ran_out_of_memory
 
 __all__ = ["main"]
 
@@ -27,6 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except RecursionError:
         print(f"cluscomp {options.command}: a JSON file is nested too deeply to be read", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        print(
+            f"cluscomp {options.command}: out of memory ({_printable(str(error)[:200])}); what is finished stays, the "
+            "same command goes on from there. Raise the limit of the process, or use fewer --workers.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"cluscomp {options.command}: interrupted; the same command goes on from there.", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
+from ..failures import in_words
+
 __all__ = ["COMPILED", "can_compile", "give_up", "installed"]
 
 COMPILED = {"cpu": "numba", "cuda": "triton"}  # and what compiles them
@@ -25,9 +27,10 @@ def can_compile(engine: str) -> bool:
 def give_up(engine: str, error: Exception) -> None:
     """An engine that failed is not chosen again, and that is said once."""
     if engine not in _broken:
+        why, cure = in_words(error, f"Reinstall {COMPILED[engine]}")
         warnings.warn(
-            f"K-means cannot use its compiled engine {engine!r} ({type(error).__name__}: {error}); plain torch does "
-            f"its work, many times slower. Reinstall {COMPILED[engine]}, or choose engine='torch' to be spared this.",
+            f"K-means cannot use its compiled engine {engine!r} ({why}); plain torch does its work, many times "
+            f"slower. {cure}, or choose engine='torch' to be spared this.",
             stacklevel=3,
         )
     _broken.add(engine)

@@ -97,10 +97,10 @@ class Policy:
             raise ValueError(
                 f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {self.bits}."
             )
-        if self.codebook_dtype not in ("auto", *CODEBOOK_DTYPES):
+        if not isinstance(self.codebook_dtype, str) or self.codebook_dtype not in ("auto", *CODEBOOK_DTYPES):
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
-        if self.quality not in QUALITIES:
+        if not isinstance(self.quality, str) or self.quality not in QUALITIES:
             raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}.")
 
     # -- which layers

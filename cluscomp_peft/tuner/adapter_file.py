@@ -7,8 +7,8 @@
     codes, base_layer.codes            [in, width] uint8            the layout, n, and the config's fingerprint
     base_layer.codebook, scale_…       [k, n, g], [in], [out]       the layout and the config's codebook_fingerprint
 
-Shapes and dtypes come from the file's header. Only codes and codebooks that the file brings are read: nothing else
-could tell that a bit of them has flipped.
+Shapes and dtypes come from the file's header. Codes and codebooks that the file brings are read too: nothing else
+could tell that a bit of them has flipped. Deltas have no digest, but must be finite.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
                     "adapter again."
                 )
             _check_entry(path, f"{name}.{key}", found[key], shape, floats)
+            if floats and not bool(found[key].read().isfinite().all()):
+                raise ValueError(
+                    f"{path}: {name}.{key} has NaN or infinite numbers: the adapter is damaged, or its training "
+                    "diverged. Copy or download it again, or take an earlier checkpoint."
+                )
         optional = {"cluscomp_units.values": ((2,), True), "cluscomp_code_digest": ((16,), False)}
         for key, (shape, floats) in optional.items():
             if key in found:

@@ -160,6 +160,11 @@ class ClusCompConfig(PeftConfig):
         """
         if self.base not in BASES:
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {self.base!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+            if not all(isinstance(item, str) for item in names):
+                raise ValueError(f"{name} must be a list of names or a regular expression, got {str(value)[:60]!r}.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
             raise ValueError(

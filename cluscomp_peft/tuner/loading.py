@@ -32,6 +32,7 @@ from ..codes import ClusterSpec, num_groups
 from ..linear import BASE_TENSORS
 from ..offloading import stored
 from ..placement import is_whole, shape_of
+from .arrival import Arrival
 from .config import ClusCompConfig
 from .merging import MergingLayer
 from .units import root_mean_square
@@ -46,11 +47,13 @@ class Loading:
     """How far one adapter of one layer is.
 
     saved: Its config as it was read. awaited: Its numbers have not been seen yet. absolute: They are in units of 1.
+    arrival: What the config promises of all layers together.
     """
 
     saved: ClusCompConfig
     awaited: bool = True
     absolute: bool = True
+    arrival: Arrival | None = None
 
 
 class LoadingLayer(MergingLayer):
@@ -59,6 +62,7 @@ class LoadingLayer(MergingLayer):
     in_features: int
     out_features: int
     dense_born: bool
+    layer_name: str
     cluscomp_units: nn.ModuleDict
     cluscomp_code_digest: nn.ParameterDict
     # By adapter. PEFT's hook and deleting the adapter remove the entry; other loaders leave it, done.
@@ -72,6 +76,10 @@ class LoadingLayer(MergingLayer):
 
     def fingerprint(self) -> str | None:
         """Digest of the codes of this layer's base; None if they are elsewhere and were never here."""
+        raise NotImplementedError
+
+    def codebook_fingerprint(self) -> str | None:
+        """Digest of the base's codebook and scales; None if they are elsewhere and were never here."""
         raise NotImplementedError
 
     def base_rms(self) -> float:
@@ -123,7 +131,8 @@ class LoadingLayer(MergingLayer):
 
         Raises:
             RuntimeError: If they are absent, or the first pass is a compiled one.
-            ValueError: If they belong to other codes, or their codes name centroids that there are not.
+            ValueError: If they belong to other codes, their codes name centroids that there are not, or they are not
+                finite.
         """
         if not self.loading:
             return
@@ -134,6 +143,9 @@ class LoadingLayer(MergingLayer):
             raise RuntimeError("run one forward pass before torch.compile: a loaded adapter is checked in the first.")
         for name in awaited:
             self._refuse_absent(name)
+            arrival = self.loading[name].arrival
+            if arrival is not None:
+                arrival.check()
             self.check_digest(name, self.cluscomp_code_digest[name])
             for key, tensor in self.carried().items():
                 if key.endswith("codes") and is_whole(tensor):
@@ -185,15 +197,24 @@ class LoadingLayer(MergingLayer):
         self.cluscomp_units[adapter_name].requires_grad_(False)
 
     def _refuse_absent(self, adapter_name: str) -> None:
-        values: list[torch.Tensor] = [*self.cluscomp_delta[adapter_name].parameters()]
-        base = [stored(self.base_layer, name) for name in self.base_layer._parameters]
-        values += [value for value in base if value is not None and value.is_floating_point()]
-        if any(value.device.type == "meta" or bool(value.isnan().any()) for value in values):
-            raise RuntimeError(
-                f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
-                "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter with "
-                "the same settings, use dataclasses.replace(config, fingerprint=None)."
-            )
+        delta = self.cluscomp_delta[adapter_name]
+        values = {f"cluscomp_delta.{key}": value for key, value in delta.named_parameters()}
+        for key in self.base_layer._parameters:
+            value = stored(self.base_layer, key)
+            if value is not None and value.is_floating_point():
+                values[f"base_layer.{key}"] = value
+        for key, value in values.items():
+            if value.device.type == "meta" or bool(value.isnan().all()):
+                raise RuntimeError(
+                    f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
+                    "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter "
+                    "with the same settings, use dataclasses.replace(config, fingerprint=None)."
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"adapter {adapter_name!r} came with NaN or infinite numbers in {self.layer_name}.{key}: it is "
+                    "damaged, or its training diverged. Copy or download it again, or take an earlier checkpoint."
+                )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name in self.cluscomp_delta:

@@ -29,6 +29,7 @@ from ..layout import expand
 from ..linear import ClusteredLinear
 from ..offloading import execution_device, restore_hooks
 from ..placement import is_partitioned
+from .arrival import Arrival
 from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, empty_layer
 from .config import ClusCompConfig, config_of_sum
@@ -109,7 +110,12 @@ class ClusCompModel(BaseTuner):
             raise
         finally:
             self._injection = Injection()
-        if injection.saved is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        if injection.saved is not None:
+            layers = [layer for _, layer in adapted_layers(model, adapter_name)]
+            arrival = Arrival(adapter_name, injection.saved, layers)
+            for layer in layers:
+                layer.loading[adapter_name].arrival = arrival
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
             names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
             reasons = {**computed_with(model), **handed_to_kernels(model)}
             print(coverage_line(model, names, reasons=reasons, done="adapted", rest="not adapted"), file=sys.stderr)

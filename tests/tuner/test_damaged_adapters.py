@@ -199,7 +199,40 @@ def test_transformers_loader_loads_the_digests(saved, base, kind, tokens):
 def test_transformers_loader_notices_codes_that_are_not_those_of_the_digest(adapter, base, kind, key, tokens):
     model = base(kind)
     model.load_adapter(str(adapter(kind, replace(key, flipped))))
-    with pytest.raises(ValueError, match="another base"):
+    with pytest.raises(ValueError, match="the codes that came with adapter 'default' have fingerprint"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("kind", ["born", "dense"])
+def test_transformers_loader_notices_the_file_of_another_adapter(adapter, base, kind, tokens):
+    """Whose codes and digests are right, and not those of the config beside it."""
+    model = base(kind)
+    model.load_adapter(str(adapter(kind, other_digest)))
+    with pytest.raises(ValueError, match="the two belong to different adapters"):
+        model(tokens)
+
+
+def test_transformers_loader_warns_of_other_codebooks(adapter, base, tokens):
+    model = base("born")
+    model.load_adapter(str(adapter("born", replace("base_layer.codebook", flipped))))
+    with pytest.warns(UserWarning, match="other codebooks or scales than its adapter_config"):
+        model(tokens)
+    model(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(adapter, base, kind, value, tokens):
+    def change(tensors):
+        tensors[UP + "cluscomp_delta.scale_in"][3] = value
+
+    folder, model = adapter(kind, change), base(kind)
+    expected = logits_of(model, tokens)
+    with pytest.raises(ValueError, match=r"up_proj\.cluscomp_delta\.scale_in has NaN or infinite numbers"):
+        PeftModel.from_pretrained(model, folder)
+    assert_untouched(model, expected, tokens)
+    model.load_adapter(str(folder))
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers in .*up_proj\.cluscomp_delta\.scale_in"):
         model(tokens)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ....codes import code_bits, num_groups
+from ....failures import in_words
 
 __all__ = ["FLOATS", "Packed", "compiled", "packed_for", "places", "with_kernels"]
 
@@ -77,9 +78,10 @@ _failed: list[str] = []
 
 def _give_up(error: Exception) -> None:
     if not _failed:
+        why, cure = in_words(error, "Reinstall numba and llvmlite")
         warnings.warn(
-            f"the CPU kernels cannot be compiled ({type(error).__name__}: {error}); plain torch does their work, "
-            "several times slower. Reinstall numba and llvmlite, or remove numba to be spared this message.",
+            f"the CPU kernels cannot be compiled ({why}); plain torch does their work, several times slower. {cure}, "
+            "or remove numba to be spared this message.",
             stacklevel=2,
         )
     _failed.append(str(error))
