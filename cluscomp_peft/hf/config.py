@@ -75,7 +75,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
                 isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
             ):
                 raise ValueError(f"{name} must be a list of names, got {str(value)[:60]!r}.")
-        if self.codebook_dtype not in CODEBOOK_DTYPES:
+        if not isinstance(self.codebook_dtype, str) or self.codebook_dtype not in CODEBOOK_DTYPES:
             known = ", ".join(CODEBOOK_DTYPES)
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
         self.bits = self.policy.bits
