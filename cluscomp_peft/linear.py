@@ -21,8 +21,10 @@ from .codes import ClusterSpec, checksum, fingerprint, num_groups, value_fingerp
 from .deltas import Delta, apply_deltas, in_absolute_units
 from .dense import is_dense_linear
 from .lazy_weight import LazyWeight
-from .offloading import offload_hook, offload_on_error, store, store_all, stored
+from .offloading import offload_on_error, store, store_all, stored
 from .placement import is_whole
+from .upstream.accelerate import kept_weights, offload_hook
+from .upstream.peft import original_of
 
 __all__ = [
     "BASE_TENSORS",
@@ -232,13 +234,13 @@ class ClusteredLinear(nn.Module):
         if hook is None:
             return self._digest.of(self.codes, self.out_features, self.spec)
         # Offloaded codes are read once: whoever changes them also gives the hook another map.
-        if self._digest_of_map is None or self._digest_of_map[0] is not hook.weights_map:
+        if self._digest_of_map is None or self._digest_of_map[0] is not kept_weights(hook):
             codes = stored(self, "codes")
             assert codes is not None
             digest = self._digest.of(codes, self.out_features, self.spec)
             if codes.is_meta:
                 return digest
-            self._digest_of_map = (hook.weights_map, digest)
+            self._digest_of_map = (kept_weights(hook), digest)
         return self._digest_of_map[1]
 
     def has_stray_codes(self) -> bool:
@@ -274,7 +276,7 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     The output head counts only where it is clustered: published bits per weight leave it out where it stays dense.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head = getattr(head, "original_module", head)
+    head = original_of(head) or head
     total_bytes = weights = 0
     pending = [model]
     while pending:
@@ -283,9 +285,9 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
             # A clustered layer, or a tuner layer around one, whose bytes are those after merging.
             total_bytes += module.stored_bytes()
             weights += module.in_features * module.out_features
-        elif hasattr(module, "original_module"):
+        elif (original := original_of(module)) is not None:
             # PEFT's modules_to_save keeps the original beside copies of the same shape.
-            pending.append(module.original_module)
+            pending.append(original)
         elif is_dense_linear(module) and module is not head:
             total_bytes += module.weight.numel() * module.weight.element_size()
             weights += module.weight.numel()

@@ -11,35 +11,24 @@ Whoever needs a number outside of a call reads it with [`stored`] and changes it
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+
+from .upstream.accelerate import bring_to, hook_of, keep_weight, kept_weights, offload_hook, take_away
 
 __all__ = [
     "execution_device",
     "hooks_of",
-    "offload_hook",
     "offload_on_error",
     "restore_hooks",
     "store",
     "store_all",
     "stored",
 ]
-
-
-def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that brings this module's own parameters from elsewhere; None if they are not offloaded."""
-    hook = module.__dict__.get("_hf_hook")  # in every call: getattr() takes longer by the time of a small kernel
-    if hook is None:
-        return None
-    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-        if isinstance(one, AlignDevicesHook) and one.offload and one.weights_map is not None:
-            return one
-    return None
 
 
 def stored(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -54,9 +43,9 @@ def stored(module: nn.Module, name: str) -> torch.Tensor | None:
     """
     value = module._parameters.get(name)
     hook = None if value is None or value.device.type != "meta" else offload_hook(module)
-    if hook is None or name not in hook.weights_map:
+    if hook is None or name not in kept_weights(hook):
         return value
-    return hook.weights_map[name].to(execution_device(module))
+    return kept_weights(hook)[name].to(bring_to(hook))
 
 
 def store(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
@@ -73,8 +62,7 @@ def store(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
     # Where a hook has fetched the parameters (PEFT merges so), whoever called it also offloads the new ones.
     away = hook is not None and any(own is not None and own.is_meta for own in module._parameters.values())
     if hook is not None and away and value is not None and not value.is_meta:
-        hook.weights_map = ChainMap({name: value.detach().cpu()}, hook.weights_map)
-        hook.original_devices.setdefault(name, torch.device("cpu"))
+        keep_weight(hook, name, value.detach().cpu())
         value = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
     module._parameters[name] = value
 
@@ -103,7 +91,7 @@ def offload_on_error(module: nn.Module) -> Iterator[None]:
     except BaseException:
         hook = offload_hook(module)
         if hook is not None:
-            hook.post_forward(module, None)
+            take_away(module, hook)
         raise
 
 
@@ -112,19 +100,20 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = offload_hook(module)
     if hook is None:
         return next(module.parameters()).device
-    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+    return bring_to(hook)
 
 
 def hooks_of(model: nn.Module) -> list[tuple[nn.Module, ModelHook]]:
     """Every module of a model that has a hook, with it; empty if none of its weights is offloaded."""
     if all(offload_hook(module) is None for module in model.modules()):
         return []
-    return [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
+    hooks = [(module, hook_of(module)) for module in model.modules()]
+    return [(module, hook) for module, hook in hooks if hook is not None]
 
 
 def restore_hooks(hooks: list[tuple[nn.Module, ModelHook]]) -> bool:
     """Attaches the hooks of [`hooks_of`] again where they were removed; True if any were."""
-    lost = [(module, hook) for module, hook in hooks if not hasattr(module, "_hf_hook")]
+    lost = [(module, hook) for module, hook in hooks if hook_of(module) is None]
     for module, hook in lost:
         add_hook_to_module(module, hook)
     return bool(lost)

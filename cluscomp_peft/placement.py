@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
 
+from .upstream.deepspeed import gather, shape_of_whole
+
 __all__ = ["gathered", "is_partitioned", "is_sharded", "is_whole", "shape_of"]
 
 
@@ -28,7 +30,7 @@ def is_partitioned(tensor: torch.Tensor) -> bool:
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:
     """The shape of the whole: DeepSpeed leaves an empty tensor where a parameter is partitioned, and notes it."""
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+    return shape_of_whole(tensor)
 
 
 @contextmanager
@@ -37,7 +39,5 @@ def gathered(parameter: torch.Tensor) -> Iterator[None]:
     if not is_partitioned(parameter):
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with gather(parameter):
         yield

@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import Trainer
 
+from ..upstream.accelerate import device_map_of
+from ..upstream.transformers import keep_columns, tokens_are_counted
 from .stream.journal import replace_file
 
 __all__ = ["CachedTeacher", "RecoveryTrainer", "cache_teacher_logits", "collate", "recovery_losses"]
@@ -82,11 +84,10 @@ class RecoveryTrainer(Trainer):
                 if data.temperature != temperature:
                     raise ValueError(f"{data.path} was cached at temperature {data.temperature}, not {temperature}.")
         super().__init__(model, args, data_collator or collate, **kwargs)
-        # Trainer then counts the tokens of all batches of a step, and `compute_loss` divides by their number.
-        self.model_accepts_loss_kwargs = True
+        tokens_are_counted(self)
         self.kl_weight, self.temperature = kl_weight, temperature
         self.teacher = teacher.eval() if teacher is not None and kl_weight > 0 else None
-        if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
+        if self.teacher is not None and device_map_of(self.teacher) is None:
             self.teacher.to(self.args.device)
         self._sums: dict[bool, torch.Tensor] = {}
 
@@ -137,7 +138,7 @@ class RecoveryTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in _CACHED if name not in self._signature_columns]
+        keep_columns(self, _CACHED)
 
 
 def recovery_losses(

@@ -7,7 +7,6 @@ everything that can fail is read before any work is done.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+
+from ..upstream.transformers import build_from_config, causal_class_name
 
 __all__ = [
     "check_generation_config",
@@ -39,11 +40,10 @@ def model_class(config: Any, source: str) -> Any:
     """
     # Only now: transformers imports the quantizer, which stands beside this, before it has any model.
     from transformers import PreTrainedModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        name = causal_class_name(config.model_type)
         if name is None or getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 f"config.json of {source} names no class in `architectures`, and a model of type {config.model_type} "
@@ -70,7 +70,7 @@ def empty_model(config: Any, source: str) -> Any:
     classes change the one that they are given."""
     made = model_class(config, source)
     with init_empty_weights(include_buffers=False):
-        return made._from_config(copy.deepcopy(config))
+        return build_from_config(made, config)
 
 
 def read_tokenizer(source: str) -> Any:

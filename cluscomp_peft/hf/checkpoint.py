@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..codes import ClusterSpec
-from ..compress.stream.source import renaming_of
 from ..dense import weight_shape
 from ..layout import expand
+from ..upstream.transformers import renaming_of
 from .architecture import empty_model
 from .config import ClusCompQuantizationConfig
 

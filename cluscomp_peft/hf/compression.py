@@ -28,9 +28,10 @@ from ..compress.calibration.text import calibration_windows
 from ..compress.matrix.block import BlockSettings
 from ..compress.stream.journal import Journal, disk_errors
 from ..compress.stream.pipeline import Calibration, compress_shards, fingerprint_of
-from ..compress.stream.source import DenseCheckpoint, renaming_of
+from ..compress.stream.source import DenseCheckpoint
 from ..compress.stream.workers import peak_memory, visible_devices
 from ..layout import summarize
+from ..upstream.transformers import renaming_of
 from .architecture import (
     check_generation_config,
     empty_model,

@@ -17,20 +17,19 @@ from typing import Any
 
 import torch
 from accelerate.hooks import ModelHook
-from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import is_dense_linear, weight_of
 from ..layout import expand, summarize
 from ..linear import ClusteredLinear
-from ..offloading import hooks_of, offload_hook
+from ..offloading import hooks_of
+from ..upstream.accelerate import device_map_of, kept_weights, offload_hook, state_dict_of_offloaded
+from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
 from .checkpoint import check_tensors
 from .config import ClusCompQuantizationConfig
 from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
@@ -197,7 +196,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             layer.bias = dense.bias  # it may have been read after the weight
             for key, parameter in layer._parameters.items():
                 if key != "bias" and parameter is not None:
-                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                    mark_loaded(parameter)
             model.set_submodule(name, layer)
             if self._progress is not None:
                 self._progress.update(weight_of(dense).numel())
@@ -205,11 +204,11 @@ class ClusCompHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # save_pretrained() asks before it writes config.json; merging may have changed how matrices are stored.
         self._record(model)
-        if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+        if device_map_of(model) is not None or not any(parameter.is_meta for parameter in model.parameters()):
             return None, {}
         # transformers reads offloaded weights back only where its device_map offloaded them, not where
         # accelerate.cpu_offload or disk_offload did.
-        return get_state_dict_offloaded_model(model), {}
+        return state_dict_of_offloaded(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -263,13 +262,13 @@ class ClusterOnLoad(ConversionOps):
         assert model is not None
         (key, value), *_ = input_dict.items()
         value = value[0] if isinstance(value, list) else value
-        dense, _ = get_module_from_name(model, key)
         name = key.rpartition(".")[0]
+        dense = model.get_submodule(name)
         if missing_keys is not None:
             missing_keys.discard(key)
         if self.hf_quantizer.failure is None:
             weight = nn.Parameter(value, requires_grad=False)
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers fills it anew
+            mark_loaded(weight)  # or transformers fills it anew
             dense._parameters["weight"] = weight
             self.hf_quantizer.submit(model, name, dense)
         return {}
@@ -278,10 +277,7 @@ class ClusterOnLoad(ConversionOps):
 def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     """Whether transformers keeps this layer's weight in fp32 in a model of another dtype (the last layer of T5's MLP
     in fp16, say), whose code then casts what goes in."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype.itemsize == 2 else set()
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
-    return any(part in kept for part in name.split("."))
+    return not kept_in_fp32(model, dtype).isdisjoint(name.split("."))
 
 
 def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:
@@ -298,8 +294,8 @@ def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
     """Whether loading found a parameter: in memory, or for its offloading hook to find."""
     hook = offload_hook(module)
     if hook is not None:
-        return key in hook.weights_map
-    return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+        return key in kept_weights(hook)
+    return parameter.is_meta or is_loaded(parameter)
 
 
 def _in_thread(function: Callable, *arguments: Any) -> Future:

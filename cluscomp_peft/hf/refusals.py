@@ -12,6 +12,7 @@ from torch import nn
 
 from ..linear import ClusteredLinear
 from ..offloading import stored
+from ..upstream.transformers import tensor_parallel_size
 
 __all__ = ["refuse_adapters", "refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel"]
 
@@ -64,8 +65,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
     to begin at a group and at a whole byte at once, and at an attention head too, in matrices whose g was chosen for
     their bits. transformers would leave such layers whole, load them, and fail in the first forward pass.
     """
-    distributed = getattr(model.config, "distributed_config", None)
-    size = getattr(distributed, "tp_size", None) or 1  # one that came with config.json is a dict, and past
+    size = tensor_parallel_size(model.config)
     if size > 1:
         raise ValueError(
             f"a clustered model cannot be cut for tensor parallelism (tp_size={size}): its codes are packed in groups "

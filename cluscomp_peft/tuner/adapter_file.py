@@ -27,8 +27,9 @@ from .. import ops
 from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, value_fingerprint
 from ..dense import is_dense_linear, weight_shape
 from ..linear import VALUES
+from ..upstream.peft import FILE_PREFIX
 from .config import ClusCompConfig, Source
-from .loading import FILE_PREFIX, digest_bytes
+from .loading import digest_bytes
 
 __all__ = ["check_file"]
 

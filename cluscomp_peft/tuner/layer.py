@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from ..codes import ClusterSpec
 from ..deltas import Delta, in_absolute_units, refine
 from ..lazy_weight import LazyWeight
-from ..offloading import offload_hook, stored
+from ..offloading import stored
 from ..ops import Numbers
 from ..placement import is_whole
+from ..upstream.accelerate import hook_of, offload_hook
 from .config import ClusCompConfig
 from .loading import Loading, LoadingLayer, digest_bytes
 
@@ -231,9 +232,7 @@ class ClusCompLayer(LoadingLayer):
         names = [name for name in adapter_names if name in self.cluscomp_delta]
         if len(names) == 1:
             delta, units = self.cluscomp_delta[names[0]], self.cluscomp_units[names[0]]
-            hooks = [
-                part._forward_pre_hooks or part._forward_hooks or hasattr(part, "_hf_hook") for part in (delta, units)
-            ]
+            hooks = [part._forward_pre_hooks or part._forward_hooks or hook_of(part) for part in (delta, units)]
             if not any(hooks):
                 return [delta.numbers(units.values)]
         return self.deltas(names)

@@ -32,14 +32,13 @@ from ..codes import ClusterSpec, num_groups
 from ..linear import BASE_TENSORS
 from ..offloading import stored
 from ..placement import is_whole, shape_of
+from ..upstream.peft import FILE_PREFIX
 from .arrival import Arrival
 from .config import ClusCompConfig
 from .merging import MergingLayer
 from .units import root_mean_square
 
-__all__ = ["FILE_PREFIX", "Loading", "LoadingLayer", "adapted_layers", "digest_bytes", "prepare_tensors", "units_key"]
-
-FILE_PREFIX = "base_model.model."
+__all__ = ["Loading", "LoadingLayer", "adapted_layers", "digest_bytes", "prepare_tensors", "units_key"]
 
 
 @dataclass

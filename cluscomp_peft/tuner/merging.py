@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..offloading import store_all, stored
 from ..placement import is_sharded
+from ..upstream.peft import adapters_to_merge, onloaded
 
 __all__ = ["MergingLayer", "all_or_nothing", "check_merging", "set_merged", "tuner_layers"]
 
@@ -53,7 +54,7 @@ class MergingLayer(BaseTunerLayer):
             ValueError: If `safe_merge` finds NaN or infinite values.
         """
         self._refuse_spread()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
+        names = [name for name in adapters_to_merge(self, adapter_names) if name in self.cluscomp_delta]
         if not names:
             return
         # From the unmerged base, so that merging one adapter after another rounds once, as running both does.
@@ -163,7 +164,7 @@ def refuse_non_finite(values: Iterable[torch.Tensor | None], adapter_names: list
 def check_merging(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raises a ValueError if merging adapters would store NaN or infinite values anywhere in a model."""
     for layer in tuner_layers(model):
-        with onload_layer(layer):
+        with onloaded(layer):
             if isinstance(layer, MergingLayer):
                 layer.check_merging(adapter_names)
             elif not layer.merged:  # PEFT's own, which trains tokens

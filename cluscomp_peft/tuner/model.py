@@ -29,6 +29,8 @@ from ..layout import expand
 from ..linear import ClusteredLinear
 from ..offloading import execution_device, restore_hooks
 from ..placement import is_partitioned
+from ..upstream.peft import hide_device_map, show_device_map
+from ..upstream.transformers import forget_adapters, quantizer_of
 from .arrival import Arrival
 from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, empty_layer
@@ -92,8 +94,8 @@ class ClusCompModel(BaseTuner):
         injection = self._injection = Injection(config if config.is_saved else None, is_sum)
         # PeftModel.from_pretrained removes the hooks of offloaded layers. When the weights are in, it would dispatch
         # the model again, by another map and with the deltas offloaded too.
-        if restore_hooks(getattr(getattr(model, "hf_quantizer", None), "hooks", [])):
-            self.hf_device_map = None  # hides the model's own until the weights are in
+        if restore_hooks(getattr(quantizer_of(model), "hooks", [])):
+            hide_device_map(self)  # until the weights are in
         try:
             if config.is_saved:  # a further adapter that is made from the model's config starts anew
                 self.peft_config[adapter_name] = config.without_facts()
@@ -106,7 +108,7 @@ class ClusCompModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             # transformers' model.add_adapter() raises its flag before the adapter exists.
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-                model.__dict__.pop("_hf_peft_config_loaded", None)
+                forget_adapters(model)
             raise
         finally:
             self._injection = Injection()
@@ -191,7 +193,7 @@ class ClusCompModel(BaseTuner):
         # PEFT's last step after loading weights, and also after creating empty layers for them.
         layers = [layer for _, layer in adapted_layers(self.model, adapter_name)]
         if not any(layer.awaits(adapter_name) for layer in layers):
-            self.__dict__.pop("hf_device_map", None)
+            show_device_map(self)
             for layer in layers:
                 if layer.dense_born:
                     layer.note_base(adapter_name)

@@ -14,8 +14,9 @@ from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.matrix.cluster import check_finite, check_range
 from ..dense import is_dense_linear, weight_of, weight_shape
 from ..linear import ClusteredLinear
-from ..offloading import offload_hook
 from ..placement import is_whole
+from ..upstream.accelerate import offload_hook
+from ..upstream.peft import is_saved_whole
 from .clustered_layer import ClusCompLinear
 from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
@@ -54,7 +55,7 @@ def check_layers(
         )
     _refuse_not_called(model, layers, is_new)
     for name, module in model.named_modules():
-        if isinstance(module, ClusteredLinear) and _is_saved_whole(name, config):
+        if isinstance(module, ClusteredLinear) and is_saved_whole(config, name):
             raise ValueError(
                 f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
                 "target_modules."
@@ -62,7 +63,7 @@ def check_layers(
         # What hooks bring and take away again would be trained in a copy that is thrown away.
         away = offload_hook(module) is not None
         own_bias = config.bias == "all" or (config.bias == "cluscomp_only" and name in layers)
-        if away and (_is_saved_whole(name, config) or (own_bias and getattr(module, "bias", None) is not None)):
+        if away and (is_saved_whole(config, name) or (own_bias and getattr(module, "bias", None) is not None)):
             raise ValueError(
                 f"{name} is offloaded, so that it cannot be trained whole; keep it in memory in device_map, or leave "
                 f"it out of modules_to_save={config.modules_to_save} and bias={config.bias!r}."
@@ -169,8 +170,3 @@ def _check_same_codes(name: str, layer: ClusCompLayer, config: ClusCompConfig) -
             f"num_clusters={spec.num_clusters}, not with {wanted.group_size} and {wanted.num_clusters}. Leave the "
             "settings out, or use a second copy of the dense model."
         )
-
-
-def _is_saved_whole(name: str, config: ClusCompConfig) -> bool:
-    """Whether PEFT will match the module by `modules_to_save`."""
-    return any(name == target or name.endswith(f".{target}") for target in config.modules_to_save or [])

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..codes import ClusterSpec, combine_fingerprints
@@ -23,10 +22,11 @@ from ..layout import summarize
 from ..linear import ClusteredLinear
 from ..offloading import stored
 from ..placement import is_whole, shape_of
+from ..upstream.peft import FILE_PREFIX, trains_tokens
 from .adapter_file import check_file
 from .config import ClusCompConfig, SavedFacts
 from .layer import ClusCompLayer
-from .loading import FILE_PREFIX, adapted_layers, digest_bytes, units_key
+from .loading import adapted_layers, digest_bytes, units_key
 
 __all__ = ["check_saved", "complete_tensors", "read_facts"]
 
@@ -185,7 +185,7 @@ def _check_settings(model: nn.Module, config: ClusCompConfig, adapter_name: str)
                 f"num_blocks={config.num_blocks}, train_scales={config.train_scales} are not those of {name}. Set "
                 "them back before saving."
             )
-    wrapped = any(isinstance(module, TrainableTokensWrapper) for module in model.modules())
+    wrapped = any(map(trains_tokens, model.modules()))
     if config.trainable_token_indices and not wrapped:
         raise ValueError(
             f"trainable_token_indices={config.trainable_token_indices!r} were set after adapter {adapter_name!r} was "

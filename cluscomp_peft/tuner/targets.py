@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..compress.budget import targets as dense_targets
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..linear import ClusteredLinear
+from ..upstream.peft import matches
 from .config import ClusCompConfig
 from .layer import ClusCompLayer
 
@@ -43,7 +44,7 @@ def matched_layers(model: nn.Module, config: ClusCompConfig) -> dict[str, nn.Mod
     matched: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
-        if name and not name.startswith(tuple(inside)) and check_target_module_exists(config, name):
+        if name and not name.startswith(tuple(inside)) and matches(config, name):
             matched[name] = module
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
@@ -56,7 +57,7 @@ def _chosen_by_index(layers: set[str], config: ClusCompConfig) -> set[str]:
     chosen = set()
     for name in layers:
         probe.target_modules = [name.rpartition(".")[2]]
-        if check_target_module_exists(probe, name):
+        if matches(probe, name):
             chosen.add(name)
     if not chosen:
         raise ValueError(

@@ -47,12 +47,13 @@ from cluscomp_peft.compress.matrix import block as block_module
 from cluscomp_peft.compress.stream import shards as shard
 from cluscomp_peft.compress.stream.journal import Journal
 from cluscomp_peft.compress.stream.pipeline import Calibration
-from cluscomp_peft.compress.stream.source import DenseCheckpoint, renaming_of
+from cluscomp_peft.compress.stream.source import DenseCheckpoint
 from cluscomp_peft.hf import compression
 from cluscomp_peft.hf import target as target_folder
 from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.quantizer import model_fingerprint
 from cluscomp_peft.layout import expand
+from cluscomp_peft.upstream.transformers import renaming_of
 from tests.conftest import WORDS, logits_of, tiny_llama
 
 COMMON = dict(vocab_size=len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=1)

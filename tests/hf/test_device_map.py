@@ -23,7 +23,8 @@ from transformers.integrations.accelerate import compute_module_sizes, infer_aut
 from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.deltas import Delta
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
-from cluscomp_peft.offloading import execution_device, offload_hook, stored
+from cluscomp_peft.offloading import execution_device, stored
+from cluscomp_peft.upstream.accelerate import offload_hook
 from tests.conftest import checkpoint_activations, config_for, logits_of, tiny_llama, train_briefly
 
 CPU = torch.device("cpu")

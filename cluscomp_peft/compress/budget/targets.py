@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...dense import is_dense_linear
 from ...linear import ClusteredLinear
+from ...upstream.transformers import tied_weights
 from .called import computed_with
 
 __all__ = [
@@ -60,7 +61,7 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
         if weight is not None:
             owners[id(weight)] = owners.get(id(weight), 0) + 1
     # Models whose parameters are on the meta device, or not loaded yet, say by name what will be one weight.
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     sources = set(tied.values())
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(output), id(getattr(output, "base_layer", output))}

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...dense import is_dense_linear, weight_of
+from ...upstream.transformers import tied_weights
 from ..stream.source import DenseCheckpoint
 
 __all__ = ["BlockModel", "find_blocks"]
@@ -88,7 +89,7 @@ class BlockModel:
 
     def _read(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         # Of weights that are tied, a checkpoint holds one, under either name.
-        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        tied = tied_weights(self.model)
         names = [name, *(source for target, source in tied.items() if target == name)]
         names += [target for target, source in tied.items() if source == name]
         key = next((key for key in map(self.source.find, names) if key is not None), None)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["PARTS", "DenseCheckpoint", "renaming_of"]
+__all__ = ["PARTS", "DenseCheckpoint"]
 
 _ONE_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PARTS = ("codes", "codebook", "scale_in", "scale_out")  # what takes the place of a weight that is clustered
@@ -36,7 +35,8 @@ class DenseCheckpoint:
     Args:
         folder (`str`): Of a model.
         prefix (`str`): The model's `base_model_prefix`; checkpoints have names with and without it.
-        rename (`Callable`, *optional*): What a key of the checkpoint is called in the model, see [`renaming_of`].
+        rename (`Callable`, *optional*): What a key of the checkpoint is called in the model; see
+            `upstream.transformers.renaming_of`.
 
     Attributes:
         shapes: key → shape of every tensor. dtypes: key → dtype.
@@ -147,22 +147,6 @@ class DenseCheckpoint:
                 f"{self.folder} was changed while it was compressed ({', '.join(changed)}), so the result would be a "
                 "mixture of two models; start anew with --overwrite."
             )
-
-
-def renaming_of(model: Any) -> Callable[[str], str]:
-    """What transformers calls a key of a checkpoint when it loads it into `model`: checkpoints keep the names that a
-    class had when they were made (GPT-NeoX's head is stored as `embed_out`)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-
-    def rename(key: str) -> str:
-        for step in steps:
-            key, _ = step.rename_source_key(key)
-        return key
-
-    return rename
 
 
 def _unreadable(path: str, error: OSError) -> OSError:

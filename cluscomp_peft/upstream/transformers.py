@@ -1,0 +1,216 @@
+"""transformers: its registry of checkpoint formats, what its loader asks of a quantizer, and what its models say of
+themselves by attributes that are not documented.
+
+The models of transformers take seconds to import, so nothing here imports them before it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import ConversionOps
+
+__all__ = [
+    "FORMATS",
+    "QUANTIZER_METHODS",
+    "TRAINER_METHODS",
+    "ConversionOps",
+    "build_from_config",
+    "causal_class_name",
+    "forget_adapters",
+    "is_loaded",
+    "keep_columns",
+    "kept_in_fp32",
+    "mark_loaded",
+    "quantizer_of",
+    "register_format",
+    "renaming_of",
+    "tensor_parallel_size",
+    "tied_weights",
+    "tokens_are_counted",
+]
+
+# The module that has the registry of formats. We register when it has been imported; if the registry moves, that comes
+# too late or never, and from_pretrained does not know the format.
+FORMATS = "transformers.quantizers.auto"
+
+QUANTIZER_METHODS = {
+    "validate_environment": "from_pretrained calls it with `device_map` before it reads a weight; if it does not, "
+    "weights that are to be clustered on the fly may be offloaded.",
+    "param_element_size": "device_map='auto' asks it for the bytes per number of each parameter; if it does not, a "
+    "model clustered on the fly is split by the sizes of its dense weights.",
+    "adjust_max_memory": "device_map='auto' asks it for the room on each device; if it does not, K-means has none.",
+    "param_needs_quantization": "the loader asks it by name for each parameter of the model; if it does not, nothing "
+    "is clustered on the fly.",
+    "get_quantize_ops": "the loader calls the `convert` of what it returns with {key: tensor or [tensor]}, `model`, "
+    "`missing_keys`, and takes what that returns in place of the tensor; if it does not, nothing is clustered.",
+    "get_state_dict_and_metadata": "save_pretrained asks it before config.json is written, and saves the state dict "
+    "that it returns; if it does not, config.json says how matrices were stored before merging.",
+    "_process_model_before_weight_loading": "from_pretrained calls it on the model without weights, with "
+    "`checkpoint_files`; if it does not, a compressed checkpoint is loaded into dense layers.",
+    "_process_model_after_weight_loading": "from_pretrained calls it when weights are in and offloaded layers have "
+    "their hooks; if it does not, incomplete and damaged checkpoints pass.",
+    "_dequantize": "model.dequantize(dtype) calls it and returns what it returns.",
+}
+"""Methods of `HfQuantizer` that a quantizer overrides, and what is relied on of their call."""
+
+TRAINER_METHODS = {
+    "_set_signature_columns_if_needed": "Trainer calls it before it drops columns of a data set that the model does "
+    "not take; if it does not, what a cached teacher says of a row never reaches the loss."
+}
+"""Methods of `Trainer` that a trainer overrides, and what is relied on of their call."""
+
+
+def __getattr__(name: str) -> Any:
+    """`ConversionOps`, the class of what `get_quantize_ops` returns, from `transformers.core_model_loading`.
+
+    If the loader wants another class, nothing is clustered on the fly.
+    """
+    if name != "ConversionOps":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers.core_model_loading import ConversionOps
+
+    return ConversionOps
+
+
+def register_format(method: str, config: type, quantizer: type) -> None:
+    """Makes from_pretrained know checkpoints by the `quant_method` of their config.json: by
+    `register_quantization_config` and `register_quantizer`, if `AUTO_QUANTIZATION_CONFIG_MAPPING` does not have it.
+
+    If the registry works otherwise, compressed checkpoints are not loaded.
+    """
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(method)(config)
+        register_quantizer(method)(quantizer)
+
+
+def mark_loaded(parameter: torch.Tensor) -> None:
+    """Says that a parameter has its numbers: `parameter._is_hf_initialized`.
+
+    If transformers notes it elsewhere, it fills clustered layers with random numbers after clustering them.
+    """
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def is_loaded(parameter: torch.Tensor) -> bool:
+    """Whether the loader found numbers for a parameter: `parameter._is_hf_initialized`.
+
+    If transformers notes it elsewhere, complete checkpoints are refused as incomplete.
+    """
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Parts of names of the modules that stay in fp32 in a model of another dtype: `_keep_in_fp32_modules_strict` in
+    all 16-bit dtypes, `_keep_in_fp32_modules` in fp16.
+
+    If transformers lists them elsewhere, T5 in fp16 gives the last layer of an MLP an input of the wrong dtype.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype.itemsize == 2 else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return kept
+
+
+def tensor_parallel_size(config: Any) -> int:
+    """Into how many pieces from_pretrained is about to cut layers: `config.distributed_config.tp_size`, 1 for none.
+
+    If it is noted elsewhere, a model with `tp_plan` loads, and fails in its first forward pass.
+    """
+    distributed = getattr(config, "distributed_config", None)
+    return getattr(distributed, "tp_size", None) or 1  # one that came with config.json is a dict, and past
+
+
+def build_from_config(model_class: Any, config: Any) -> Any:
+    """A model of a class with random weights, in the dtype that its config names: `model_class._from_config`. The
+    config stays as it is: some classes change the one that they are given.
+
+    If it is called otherwise, no model can be compressed or inspected.
+    """
+    return model_class._from_config(copy.deepcopy(config))
+
+
+def causal_class_name(model_type: str) -> str | None:
+    """The class of the causal language model of a type: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, None if there is none.
+
+    If it is called otherwise, models whose config.json names no class cannot be compressed.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are, or will be, one with another, to the name of that: `model.all_tied_weights_keys`.
+
+    If it is called otherwise, tied embeddings are clustered as if they were a layer of their own, and calibration
+    does not find the weights that a checkpoint stores once.
+    """
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """What transformers calls a key of a checkpoint when it loads it into `model`: checkpoints keep the names that a
+    class had when they were made (GPT-NeoX's head is stored as `embed_out`). From `get_model_conversion_mapping`, the
+    `WeightRenaming`s with their `rename_source_key`.
+
+    If they work otherwise, matrices of models of several classes are not found in their checkpoints.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+    def rename(key: str) -> str:
+        for step in steps:
+            key, _ = step.rename_source_key(key)
+        return key
+
+    return rename
+
+
+def quantizer_of(model: nn.Module) -> Any:
+    """The quantizer that loaded a model: `model.hf_quantizer`; None if none did.
+
+    If it is kept elsewhere, adapters of an offloaded model are offloaded too when they are loaded.
+    """
+    return getattr(model, "hf_quantizer", None)
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Undoes what `model.add_adapter` notes before the adapter exists: `model._hf_peft_config_loaded`.
+
+    If it is noted elsewhere, a model whose first adapter was refused takes no other.
+    """
+    attributes: MutableMapping[str, Any] = model.__dict__
+    attributes.pop("_hf_peft_config_loaded", None)
+
+
+def keep_columns(trainer: Any, names: tuple[str, ...]) -> None:
+    """Makes a `Trainer` hand on columns of a data set that the model does not take: `trainer._signature_columns`, once
+    `_set_signature_columns_if_needed` has filled it.
+
+    If the list is kept elsewhere, a cached teacher never reaches the loss.
+    """
+    trainer._signature_columns += [name for name in names if name not in trainer._signature_columns]
+
+
+def tokens_are_counted(trainer: Any) -> None:
+    """Makes a `Trainer` hand `compute_loss` the number of tokens of all batches of a step, and leave the division by
+    it to that: `trainer.model_accepts_loss_kwargs`.
+
+    If it is called otherwise, accumulated gradients are too large by the number of batches.
+    """
+    trainer.model_accepts_loss_kwargs = True
