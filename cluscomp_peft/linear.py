@@ -168,9 +168,10 @@ class ClusteredLinear(nn.Module):
         """The weight [out, in] with `deltas` applied, in `dtype` (by default the codebook's)."""
         with torch.no_grad():
             codebook, scale_in, scale_out = self.effective(deltas)
-            dtype, codes = dtype or self.codebook.dtype, stored(self, "codes")
+            codes = stored(self, "codes")
             assert codes is not None
-            return ops.decode(codes, codebook, scale_in, scale_out, out_features=self.out_features, dtype=dtype)
+            weight = ops.PackedWeight(codes, codebook, self.out_features, scale_in, scale_out)
+            return ops.decode(weight, dtype or self.codebook.dtype)
 
     def effective(self, deltas: Sequence[Delta]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Codebook and scales with `deltas` applied: what the op sees and what merging stores, differentiable."""
@@ -195,8 +196,8 @@ class ClusteredLinear(nn.Module):
 
     def _forward(self, x: torch.Tensor, deltas: Sequence[Delta | ops.Numbers]) -> torch.Tensor:
         if len(deltas) == 1 and isinstance(deltas[0], ops.Numbers):
-            parts = (self.codes, self.codebook, self.scale_in, self.scale_out, self.bias)
-            y = ops.adapted_linear(x, *parts, deltas[0], out_features=self.out_features)
+            weight = ops.PackedWeight(self.codes, self.codebook, self.out_features, self.scale_in, self.scale_out)
+            y = ops.adapted_linear(x, weight, self.bias, deltas[0])
             if y is not None:
                 return y
         clusters = self.codebook.shape[1]
@@ -204,9 +205,8 @@ class ClusteredLinear(nn.Module):
             in_absolute_units(delta, clusters) if isinstance(delta, ops.Numbers) else delta for delta in deltas
         ]
         codebook, scale_in, scale_out = self.effective(absolute)
-        return ops.linear(
-            x, self.codes, codebook, scale_in, scale_out, None, self.bias, out_features=self.out_features
-        )
+        weight = ops.PackedWeight(self.codes, codebook, self.out_features, scale_in, scale_out)
+        return ops.linear(x, weight, self.bias)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """The `nn.Linear` or `Conv1D` with the decoded weight in `dtype`; the bias is shared.

@@ -130,9 +130,9 @@ def same():
     weight = book[0][codes].reshape(160, 200)
     x = torch.randn(64, 160, generator=generator)
     for tokens in (1, 7, 64):
-        torch.testing.assert_close(ops.linear(x[:tokens], packed, book, out_features=200), x[:tokens] @ weight)
+        torch.testing.assert_close(ops.linear(x[:tokens], ops.PackedWeight(packed, book, 200)), x[:tokens] @ weight)
     inputs = book.clone().requires_grad_()
-    ops.linear(x, packed, inputs, out_features=200).sum().backward()
+    ops.linear(x, ops.PackedWeight(packed, inputs, 200)).sum().backward()
     assert inputs.grad.isfinite().all() and inputs.grad.any()
 """
 

@@ -123,8 +123,8 @@ def test_decode_is_what_the_op_decodes(stored, dtype):
     layer = clustered(stored, blocks=2)
     weight = layer.decode(dtype)
     assert weight.dtype == (dtype or stored) and not weight.requires_grad
-    parts = (layer.codes, layer.codebook, layer.scale_in, layer.scale_out)
-    assert torch.equal(weight, ops.decode(*parts, out_features=OUT, dtype=weight.dtype))
+    packed = ops.PackedWeight(layer.codes, layer.codebook, OUT, layer.scale_in, layer.scale_out)
+    assert torch.equal(weight, ops.decode(packed, weight.dtype))
 
 
 @pytest.mark.parametrize("conv1d", [False, True])

@@ -1,11 +1,11 @@
-"""What the ops take, checked in one place before a backend is called: kernels follow addresses and look at no tensor.
+"""The checks of the ops' arguments, made once before a backend is called: kernels read addresses and would not notice.
 
-    devices     all tensors where the codes are; on `meta`, all of them
-    dtypes      codes uint8, everything else floating point
-    shapes      those of `cluscomp_peft.ops.decode` and `linear`
+    devices     all tensors are where the codes are; if one is on `meta`, all are
+    dtypes      codes are uint8, everything else is floating point
+    shapes      as `PackedWeight` gives them
 
-A call of one token costs as much as some thousand instructions of the interpreter, so what was found right is
-remembered by dtypes and shapes; devices are compared every time.
+Every layer is checked in every call. To cost little, dtypes and shapes that passed are remembered and not checked
+again; devices are compared each time.
 """
 
 from __future__ import annotations
@@ -15,28 +15,21 @@ import functools
 import torch
 
 from ..codes import MAX_CODE_BITS, MAX_GROUP_SIZE, code_bits, num_groups, packed_width
+from .packed_weight import PackedWeight
 
 __all__ = ["check", "check_gradient"]
 
-_Numbers = tuple[torch.dtype, torch.Size] | None  # of a tensor, where there is one
+_Kind = tuple[torch.dtype, torch.Size] | None  # dtype and shape of a tensor, where there is one
 
 
-def check(
-    x: torch.Tensor | None,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> None:
-    """Refuses arguments of the ops that do not belong together.
+def check(weight: PackedWeight, x: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
+    """Refuses a weight, x [..., in] and a bias [out] that do not belong together.
 
     Raises:
         TypeError: If the codes are not uint8, or something else is not floating point.
         ValueError: If tensors are on several devices, or shapes do not belong together.
     """
+    codes, codebook, out_features, scale_in, scale_out, residual = weight
     device = codes.device
     if not (
         codebook.device == device
@@ -47,9 +40,9 @@ def check(
         and (bias is None or bias.device == device)
     ):
         _refuse_devices(device, x, codebook, scale_in, scale_out, residual, bias)
-    # Compilers look into the function itself, and their symbolic sizes have no hash.
-    numbers = _check_numbers.__wrapped__ if torch.compiler.is_compiling() else _check_numbers
-    numbers(
+    # torch.compile traces the function itself: its symbolic sizes have no hash.
+    check_kinds = _check_kinds.__wrapped__ if torch.compiler.is_compiling() else _check_kinds
+    check_kinds(
         None if x is None else (x.dtype, x.shape[-1:]),
         codes.dtype,
         codes.shape,
@@ -63,16 +56,20 @@ def check(
     )
 
 
-def check_gradient(x: torch.Tensor, grad_output: torch.Tensor, codes: torch.Tensor) -> None:
-    """What [`check`] does not say of dL/dy [tokens, out] and x [tokens, in]; raises as it does."""
-    if grad_output.ndim != 2:
-        raise ValueError(f"grad_output must have shape [tokens, out], got {tuple(grad_output.shape)}.")
+def check_gradient(x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight) -> None:
+    """Refuses x [tokens, in] and dL/dy [tokens, out] that do not belong together, beside what [`check`] sees."""
+    if grad_output.ndim != 2 or grad_output.shape[1] != weight.out_features:
+        raise ValueError(
+            f"grad_output must have shape [tokens, {weight.out_features}], got {tuple(grad_output.shape)}."
+        )
     if x.ndim != 2 or len(x) != len(grad_output):
         raise ValueError(f"x must have shape [{len(grad_output)}, in], got {tuple(x.shape)}.")
     if not grad_output.dtype.is_floating_point:
         raise TypeError(f"grad_output must be floating point, got {grad_output.dtype}.")
-    if grad_output.device != codes.device:
-        raise ValueError(f"the codes of this layer are on {codes.device}, but grad_output is on {grad_output.device}.")
+    if grad_output.device != weight.device:
+        raise ValueError(
+            f"the codes of this layer are on {weight.device}, but grad_output is on {grad_output.device}."
+        )
 
 
 def _refuse_devices(device: torch.device, *tensors: torch.Tensor | None) -> None:
@@ -89,16 +86,16 @@ def _refuse_devices(device: torch.device, *tensors: torch.Tensor | None) -> None
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_numbers(
-    x: _Numbers,
+def _check_kinds(
+    x: _Kind,
     codes_dtype: torch.dtype,
     codes: torch.Size,
     codebook_dtype: torch.dtype,
     codebook: torch.Size,
-    scale_in: _Numbers,
-    scale_out: _Numbers,
-    residual: _Numbers,
-    bias: _Numbers,
+    scale_in: _Kind,
+    scale_out: _Kind,
+    residual: _Kind,
+    bias: _Kind,
     out_features: int,
 ) -> None:
     if codes_dtype != torch.uint8:

@@ -84,13 +84,10 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         weight = self.base_tensor("weight")
         assert weight is not None
         is_conv1d = isinstance(self.base_layer, Conv1D)
-        merged = ops.decode(
-            self.codes,
-            *self._total(adapter_names),
-            weight.t() if is_conv1d else weight,
-            out_features=self.out_features,
-            dtype=weight.dtype,
-        )
+        codebook, *scales = self._total(adapter_names)
+        residual = weight.t() if is_conv1d else weight
+        packed = ops.PackedWeight(self.codes, codebook, self.out_features, *scales, residual)
+        merged = ops.decode(packed, weight.dtype)
         merged = merged.t().contiguous() if is_conv1d else merged
         return {"weight": nn.Parameter(merged, requires_grad=self.base_layer.weight.requires_grad)}
 
@@ -99,17 +96,9 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
         self.check_arrival(self.active_adapters)
-        codebook, scale_in, scale_out = self._total(self.active_adapters)
-        return ops.linear(
-            x,
-            self.codes,
-            codebook,
-            scale_in,
-            scale_out,
-            weight_of(self.base_layer),
-            self.base_layer.bias,
-            out_features=self.out_features,
-        )
+        codebook, *scales = self._total(self.active_adapters)
+        weight = ops.PackedWeight(self.codes, codebook, self.out_features, *scales, weight_of(self.base_layer))
+        return ops.linear(x, weight, self.base_layer.bias)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluscomp_peft import ops
-from cluscomp_peft.ops import direct
+from cluscomp_peft.ops import backends
 
-__all__ = ["BACKENDS", "DTYPES", "INTERPRETED", "needs_triton", "run_in_the_interpreter", "use_backend"]
+__all__ = ["BACKENDS", "DTYPES", "INTERPRETED", "backend", "needs_triton", "run_in_the_interpreter", "use_backend"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
@@ -32,15 +31,14 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def backend(name: str) -> backends.Backend:
+    module = importlib.import_module(f"cluscomp_peft.ops.backends.{_MODULES[name]}")
+    return backends._CPU._replace(decode=module.decode, linear=module.linear, codebook_grad=module.codebook_grad)
+
+
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Tensors on the CPU go to the backend `name` of [`BACKENDS`] from now on."""
-    module = importlib.import_module(f"cluscomp_peft.ops.backends.{_MODULES[name]}")
-    linear = direct.owned(module.linear)
-    kernels = (linear, module.decode, module.codebook_grad)
-    backend = direct._Backend(*kernels, lambda *_: None, lambda *_: False)
-    monkeypatch.setattr(direct, "_on_cpu", lambda: backend)
-    for op, kernel in zip((ops.LINEAR, ops.DECODE, ops.CODEBOOK_GRAD), kernels, strict=True):
-        monkeypatch.setitem(op._backend_fns, "cpu", kernel)
+    monkeypatch.setattr(backends, "_CPU", backend(name))
 
 
 def run_in_the_interpreter(path: str, *options: str) -> None:

@@ -44,7 +44,7 @@ def parts(
     shape=(OUT, IN),
     seed=0,
 ) -> dict:
-    """Arguments of `ops.linear` without x, and under "plain" the codes as integers."""
+    """The fields of a `PackedWeight`, "bias", and under "plain" the codes as integers."""
     out_features, in_features = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,12 +64,20 @@ def parts(
     }
 
 
+def packed(given: dict) -> ops.PackedWeight:
+    return ops.PackedWeight(**{name: given[name] for name in ops.PackedWeight._fields})
+
+
 def linear(x: torch.Tensor, given: dict) -> torch.Tensor:
-    return ops.linear(x, **{key: value for key, value in given.items() if key != "plain"})
+    return ops.linear(x, packed(given), given["bias"])
 
 
 def decode(given: dict, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return ops.decode(**{key: value for key, value in given.items() if key not in ("plain", "bias")}, dtype=dtype)
+    return ops.decode(packed(given), dtype)
+
+
+def codebook_grad(x: torch.Tensor, grad_output: torch.Tensor, given: dict) -> tuple[torch.Tensor, ...]:
+    return ops.codebook_grad(x, grad_output, packed(given))
 
 
 def dense(given: dict) -> torch.Tensor:
@@ -222,9 +230,8 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(frozen):
 def test_codebook_grad_of_half_precision_is_the_fp32_sum(case):
     given = parts(torch.float16, **case)
     x, upstream = tokens(20, IN, dtype=torch.bfloat16), tokens(20, OUT, dtype=torch.bfloat16, seed=6)
-    rest = [given[name] for name in ("codes", "codebook", "scale_in", "scale_out", "residual")]
-    grads = ops.codebook_grad(x, upstream, *rest)
-    upcast = ops.codebook_grad(x.float(), upstream.float(), *rest)
+    grads = codebook_grad(x, upstream, given)
+    upcast = codebook_grad(x.float(), upstream.float(), given)
     for ours, theirs in zip(grads, upcast, strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
@@ -242,7 +249,7 @@ def test_codebook_grad_keeps_what_a_half_precision_sum_loses():
         return torch.zeros(4, 3, dtype=dtype).index_add_(0, given["plain"].reshape(-1), grad).double()
 
     exact = naive(torch.float64)
-    ours = ops.codebook_grad(x, upstream, given["codes"], given["codebook"])[0][0].double()
+    ours = codebook_grad(x, upstream, given)[0][0].double()
     assert (ours - exact).norm() < 1e-3 * (naive(torch.bfloat16) - exact).norm()
     assert (ours - exact).norm() < 1e-5 * exact.norm()
 
@@ -250,7 +257,7 @@ def test_codebook_grad_keeps_what_a_half_precision_sum_loses():
 def test_codebook_grad_follows_fp64():
     given = parts(torch.float64)
     x, upstream = tokens(5, IN, dtype=torch.float64), tokens(5, OUT, dtype=torch.float64)
-    grads = ops.codebook_grad(x, upstream, given["codes"], given["codebook"])
+    grads = codebook_grad(x, upstream, given)
     assert {grad.dtype for grad in grads} == {torch.float64}
 
 
@@ -283,8 +290,8 @@ def test_autocast_sets_the_dtype_but_not_the_sums(dtype, parameters):
 
     grads = gradients(run, x, given)
     assert grads["x"].dtype == torch.float32
-    rest = [given[name].detach() for name in ("codes", "codebook", "scale_in", "scale_out", "residual")]
-    exact = ops.codebook_grad(x.detach().to(dtype).double(), upstream.double(), *rest)
+    given = {name: value.detach() if torch.is_tensor(value) else value for name, value in given.items()}
+    exact = codebook_grad(x.detach().to(dtype).double(), upstream.double(), given)
     tolerance = 1e-5 if parameters == torch.float32 else 1e-3
     for name, expected in zip(("codebook", "scale_in", "scale_out"), exact, strict=True):
         assert grads[name].dtype == parameters
@@ -295,11 +302,10 @@ def test_autocast_sets_the_dtype_but_not_the_sums(dtype, parameters):
 
 def test_codebook_grad_ignores_autocast():
     given = parts(**CASES["everything"])
-    rest = [given[name] for name in ("codes", "codebook", "scale_in", "scale_out", "residual")]
     x, upstream = tokens(20, IN), tokens(20, OUT, seed=6)
-    expected = ops.codebook_grad(x, upstream, *rest)
+    expected = codebook_grad(x, upstream, given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ops.codebook_grad(x, upstream, *rest)
+        inside = codebook_grad(x, upstream, given)
     for ours, theirs in zip(inside, expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -470,7 +476,7 @@ def test_cast_codes_are_refused(dtype):
     with pytest.raises(TypeError, match="uint8"):
         decode(given)
     with pytest.raises(TypeError, match="uint8"):
-        ops.codebook_grad(tokens(2, IN), tokens(2, OUT), given["codes"], given["codebook"])
+        codebook_grad(tokens(2, IN), tokens(2, OUT), given)
 
 
 WRONG = [
@@ -503,12 +509,11 @@ def every_op(given: dict, x: torch.Tensor | None = None):
     """Calls of each op that takes these parts, bias aside."""
     x = tokens(2, IN) if x is None else x
     upstream = torch.ones(2, max(0, given["out_features"]), device=x.device)
-    names = ("codes", "codebook", "scale_in", "scale_out", "residual")
     return [
         lambda: linear(x, given),
         lambda: linear(x.clone().requires_grad_(), given),
         lambda: decode(given),
-        lambda: ops.codebook_grad(x, upstream, *(given[name] for name in names)),
+        lambda: codebook_grad(x, upstream, given),
     ]
 
 
@@ -553,12 +558,12 @@ def test_inputs_that_do_not_fit_are_refused():
         linear(tokens(2, IN), {**given, "codes": torch.zeros(IN, 0, dtype=torch.uint8), "out_features": -1})
     with pytest.raises(TypeError, match="a weight is decoded to a floating-point dtype"):
         decode(given, torch.int32)
-    codes, codebook = given["codes"], given["codebook"]
-    for x, upstream in (((2, IN), (3, OUT)), ((2, 3, IN), (2, 3, OUT)), ((IN,), (OUT,)), ((2, IN + 1), (2, OUT))):
+    sizes = [((2, IN), (3, OUT)), ((2, 3, IN), (2, 3, OUT)), ((IN,), (OUT,)), ((2, IN + 1), (2, OUT))]
+    for x, upstream in (*sizes, ((2, IN), (2, OUT - 1))):
         with pytest.raises(ValueError, match=r"must have shape|input features"):
-            ops.codebook_grad(torch.ones(x), torch.ones(upstream), codes, codebook)
+            codebook_grad(torch.ones(x), torch.ones(upstream), given)
     with pytest.raises(TypeError, match="grad_output must be floating point"):
-        ops.codebook_grad(tokens(2, IN), torch.ones(2, OUT, dtype=torch.int64), codes, codebook)
+        codebook_grad(tokens(2, IN), torch.ones(2, OUT, dtype=torch.int64), given)
 
 
 def test_more_blocks_read_the_block_of_their_channel():

@@ -147,15 +147,8 @@ def _decode(layer: ClusteredLinear, part: slice) -> torch.Tensor:
     """The weight of some input channels, [out, channels] fp32 on the CPU; layers that were just made have one codebook
     for all channels."""
     scale_in = None if layer.scale_in is None else layer.scale_in[part]
-    decoded = ops.decode(
-        layer.codes[part],
-        layer.codebook,
-        scale_in,
-        layer.scale_out,
-        out_features=layer.out_features,
-        dtype=torch.float32,
-    )
-    return decoded.cpu()
+    weight = ops.PackedWeight(layer.codes[part], layer.codebook, layer.out_features, scale_in, layer.scale_out)
+    return ops.decode(weight, torch.float32).cpu()
 
 
 def _squares(rows: torch.Tensor) -> float:

@@ -105,7 +105,7 @@ class Clustered:
 
     @cached_property
     def expected(self) -> torch.Tensor:
-        return reference.decode(*_parts(self.layers[0]), None, self.size[1], torch.float32)
+        return reference.decode(_packed(self.layers[0]), torch.float32)
 
 
 class Dense:
@@ -142,7 +142,7 @@ def measure(op: str, tokens: int, clustered: Clustered, dense: Dense, limits: di
         wanted = (x.float() @ expected.t(),)
     else:
         grad = plain.keywords["grad"]
-        wanted = reference.codebook_grad(x.double(), grad.double(), *_parts(layer), None)
+        wanted = reference.codebook_grad(x.double(), grad.double(), _packed(layer))
         moved += 4 * sum(value.numel() for value in wanted)
     found = job(layer)
     found = found if isinstance(found, tuple) else (found,)
@@ -179,7 +179,7 @@ def _calls(op: str, x: torch.Tensor | None, out_features: int) -> tuple[Callable
     def plain(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         return grad.t() @ x
 
-    return lambda layer: ops.codebook_grad(x, grad, *_parts(layer)), partial(plain, grad=grad)
+    return lambda layer: ops.codebook_grad(x, grad, _packed(layer)), partial(plain, grad=grad)
 
 
 def blocks(rows: list[dict], options: Any) -> Iterator[dict]:
@@ -232,12 +232,15 @@ def random_layer(in_features: int, out_features: int, bits: float, device: str) 
     return clustered_layer(shape, bits, device, f"{out_features} x {in_features}")
 
 
-def _parts(layer: ClusteredLinear) -> tuple:
-    return layer.codes, layer.codebook, layer.scale_in, layer.scale_out
+def _packed(layer: ClusteredLinear) -> ops.PackedWeight:
+    return ops.PackedWeight(layer.codes, layer.codebook, layer.out_features, layer.scale_in, layer.scale_out)
 
 
 def _copy(layer: ClusteredLinear) -> ClusteredLinear:
-    parts = [None if part is None else part.detach().clone() for part in _parts(layer)]
+    parts = [
+        None if part is None else part.detach().clone()
+        for part in (layer.codes, layer.codebook, layer.scale_in, layer.scale_out)
+    ]
     return ClusteredLinear.from_parts(*parts, None, layer.out_features)
 
 

@@ -26,8 +26,8 @@ def kernels_run(steps: Steps) -> dict:
     check(found["available"] or not is_cuda(steps.device), "the kernels do not run on this device")
     model = build(steps.shape, METHOD, steps.device)
     layer = clustered(model)[-1]
-    parts = (layer.codes, layer.codebook, layer.scale_in, layer.scale_out)
-    exact = reference.decode(*parts, None, layer.out_features, torch.float32)
+    weight = ops.PackedWeight(layer.codes, layer.codebook, layer.out_features, layer.scale_in, layer.scale_out)
+    exact = reference.decode(weight, torch.float32)
     check(torch.equal(layer.decode(torch.bfloat16), exact.bfloat16()), "decode is not the reference's weight")
     for tokens in (16, *LENGTHS):
         x = torch.randn(tokens, layer.in_features, device=steps.device).bfloat16()
@@ -37,8 +37,8 @@ def kernels_run(steps: Steps) -> dict:
         check(error < 1e-2, f"linear at {tokens} tokens is off by {error:.2g}")
         found[f"error at {tokens}"] = error
     upstream = torch.randn(len(x), layer.out_features, device=steps.device).bfloat16()
-    ours = ops.codebook_grad(x, upstream, *parts)
-    theirs = reference.codebook_grad(x.double(), upstream.double(), *parts, None)
+    ours = ops.codebook_grad(x, upstream, weight)
+    theirs = reference.codebook_grad(x.double(), upstream.double(), weight)
     pairs = [pair for pair in zip(ours, theirs, strict=True) if pair[1].numel()]
     error = max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
     check(error < 4e-3, f"codebook_grad is off by {error:.2g}")

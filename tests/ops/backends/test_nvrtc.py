@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluscomp_peft.ops.backends.cuda import nvrtc, plans
+from cluscomp_peft.ops.backends.cuda import adapters, failures, nvrtc, plans
 
 # Bytes of shared memory that a block of threads may have, and multiprocessors: A100, RTX 3090, H100.
 DEVICES = {(8, 0): (163 << 10, 108), (8, 6): (99 << 10, 82), (9, 0): (227 << 10, 132)}
@@ -37,6 +38,9 @@ CASES = [
         ]
     ),
 ]
+
+
+SMALL = plans.Case(0, torch.bfloat16, 64, 64, 1, 16, 4, torch.float16, (False, False), True)
 
 
 @pytest.fixture
@@ -62,11 +66,13 @@ def compiled(monkeypatch, tmp_path):
             return 1
 
     monkeypatch.setattr(nvrtc, "Function", Function)
-    for function in (plans._loaded, plans._remembered, plans._shared_memory, plans._processors):
+    remembered = (plans._loaded, plans.planned, plans._shared_memory, plans._processors, adapters._plan)
+    for function in remembered:
         function.cache_clear()
-    monkeypatch.setattr(plans, "_failed", set())
+    monkeypatch.setattr(failures, "_failed", set())
+    monkeypatch.setattr(failures, "_warned", set())
     yield found
-    for function in (plans._loaded, plans._remembered, plans._shared_memory, plans._processors, nvrtc._nvrtc):
+    for function in (*remembered, nvrtc._nvrtc):
         function.cache_clear()
 
 
@@ -133,10 +139,8 @@ def test_strips_cover_every_channel_once(compiled, monkeypatch):
 
 def test_the_sums_of_adapters_compile(compiled, monkeypatch):
     pretend(monkeypatch, (9, 0))
-    from cluscomp_peft.ops.backends.cuda import adapters
-
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        adapters._plan_effective(0, dtype)
+        adapters._plan(0, dtype)
     assert [name for name, _, _ in compiled] == ["effective", "effective_backward"] * 3
 
 
@@ -145,30 +149,33 @@ def test_what_the_compiler_says_reaches_the_user(compiled):
         nvrtc.compile_source("int f() { return nonsense; }", {}, (9, 0))
 
 
-def test_what_cannot_be_compiled_is_said_once_and_left_to_triton(compiled, monkeypatch):
+def plan_or_none(case: plans.Case) -> plans.LinearPlan | None:
+    return failures.attempt("table_linear", (case, 1), lambda: plans.planned(plans.plan_linear, case, 1))
+
+
+def test_what_cannot_be_compiled_is_said_once_and_not_tried_again(compiled, monkeypatch):
     pretend(monkeypatch, (9, 0))
     tries = []
     monkeypatch.setattr(plans, "_source", lambda name: tries.append(name) or "nonsense")
-    case = plans.Case(0, torch.bfloat16, 64, 64, 1, 16, 4, torch.float16, (False, False), True)
-    plans._warn.cache_clear()
-    with pytest.warns(UserWarning, match=r"cannot be had[\s\S]*Triton's serve instead"):
-        assert plans.planned(plans.plan_linear, case, 1) is None
-    assert plans.planned(plans.plan_linear, case, 1) is None and len(tries) == 1
+    with pytest.warns(UserWarning, match=r"'table_linear' fails here \(RuntimeError: NVRTC[\s\S]*a slower one"):
+        assert plan_or_none(SMALL) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plan_or_none(SMALL) is None and len(tries) == 1
+        assert plan_or_none(SMALL._replace(group_size=3)) is None and len(tries) == 2  # another may compile
 
 
 def test_a_refusal_of_the_moment_is_not_remembered(compiled, monkeypatch):
     pretend(monkeypatch, (9, 0))
-    case = plans.Case(0, torch.bfloat16, 64, 64, 1, 16, 4, torch.float16, (False, False), True)
-    plans._warn.cache_clear()
 
     def refuse(*_):
-        raise nvrtc.TransientError("out of memory (2)")
+        raise failures.TransientError("out of memory (2)")
 
     with monkeypatch.context() as now:
         now.setattr(nvrtc, "Function", refuse)
         with pytest.warns(UserWarning, match="out of memory"):
-            assert plans.planned(plans.plan_linear, case, 1) is None
-    assert plans.planned(plans.plan_linear, case, 1) is not None
+            assert plan_or_none(SMALL) is None
+    assert plan_or_none(SMALL) is not None
 
 
 def test_compiled_code_is_kept_and_a_folder_that_cannot_be_written_is_no_error(compiled, monkeypatch, tmp_path):

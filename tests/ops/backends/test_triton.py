@@ -58,8 +58,8 @@ def parts(
     scale_in: bool = False,
     scale_out: bool = False,
     residual: bool = False,
-) -> dict:
-    """codes, codebook, scales and residual of a weight of `shape` [out, in]."""
+) -> ops.PackedWeight:
+    """A weight of `shape` [out, in]."""
     out_features, in_features = shape
     generator = torch.Generator().manual_seed(group_size * clusters)
 
@@ -67,14 +67,15 @@ def parts(
         return torch.randn(size, generator=generator).to(dtype).to(device)
 
     codes = torch.randint(0, clusters, (in_features, num_groups(out_features, group_size)), generator=generator)
-    return {
-        "codes": pack(codes, code_bits(clusters)).to(device),
-        "codebook": normal(blocks, clusters, group_size),
-        "scale_in": 1 + normal(in_features) / 4 if scale_in else None,
-        "scale_out": 1 + normal(out_features) / 4 if scale_out else None,
+    return ops.PackedWeight(
+        pack(codes, code_bits(clusters)).to(device),
+        normal(blocks, clusters, group_size),
+        out_features,
+        1 + normal(in_features) / 4 if scale_in else None,
+        1 + normal(out_features) / 4 if scale_out else None,
         # As of a Conv1D layer: a view whose rows are not contiguous.
-        "residual": normal(in_features, out_features).t() if residual else None,
-    }
+        normal(in_features, out_features).t() if residual else None,
+    )
 
 
 def normal(
@@ -83,30 +84,34 @@ def normal(
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 
-def wide(given: dict) -> dict:
-    return {
-        name: value if value is None or name == "codes" else value.cpu().double() for name, value in given.items()
-    } | {"codes": given["codes"].cpu()}
+FLOATING = ("codebook", "scale_in", "scale_out", "residual")
 
 
-def check_decode(cuda, given: dict, out_features: int, dtype: torch.dtype) -> None:
-    weight = cuda.decode(*given.values(), out_features, dtype)
+def wide(given: ops.PackedWeight, dtype: torch.dtype = torch.float64, device: str = "cpu") -> ops.PackedWeight:
+    """The same numbers in another dtype."""
+    floats = {name: getattr(given, name) for name in FLOATING}
+    floats = {name: value.to(device, dtype) for name, value in floats.items() if value is not None}
+    return given._replace(codes=given.codes.to(device), **floats)
+
+
+def check_decode(cuda, given: ops.PackedWeight, dtype: torch.dtype) -> None:
+    weight = cuda.decode(given, dtype)
     assert weight.dtype == dtype and weight.is_contiguous()
-    assert torch.equal(weight, reference.decode(*given.values(), out_features, dtype))
+    assert torch.equal(weight, reference.decode(given, dtype))
 
 
-def check_linear(cuda, given: dict, x: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+def check_linear(cuda, given: ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Scales that are folded into x and the sums (`table.py`) leave weights unrounded and round x: either is right."""
-    y = cuda.linear(x, *given.values(), bias, out_features)
-    folded = not INTERPRETED and x.dtype == torch.bfloat16 and len(x) <= 64 and given["residual"] is None
-    if folded and (given["scale_in"] is not None or given["scale_out"] is not None):
-        weight = reference.decode(*given.values(), out_features, torch.float32).double()
+    y = cuda.linear(x, given, bias)
+    folded = not INTERPRETED and x.dtype == torch.bfloat16 and len(x) <= 64 and given.residual is None
+    if folded and (given.scale_in is not None or given.scale_out is not None):
+        weight = reference.decode(given, torch.float32).double()
         exact = F.linear(x.double(), weight, None if bias is None else bias.to(x.dtype).double())
         magnitude = F.linear(x.double().abs(), weight.abs(), None if bias is None else bias.to(x.dtype).double().abs())
         eps = torch.finfo(x.dtype).eps
         assert ((y.double() - exact).abs() <= 1.01 * eps / 2 * exact.abs() + 1.01 * eps * magnitude).all()
         return y
-    weight = reference.decode(*given.values(), out_features, x.dtype)
+    weight = reference.decode(given, x.dtype)
     offset = None if bias is None else bias.to(x.dtype).double()
     exact = F.linear(x.double(), weight.double(), offset)
     magnitude = F.linear(x.double().abs(), weight.double().abs(), None if offset is None else offset.abs())
@@ -117,9 +122,9 @@ def check_linear(cuda, given: dict, x: torch.Tensor, bias: torch.Tensor | None, 
     return y
 
 
-def check_grad(cuda, given: dict, x: torch.Tensor, upstream: torch.Tensor, tolerance: float) -> tuple:
-    grads = cuda.codebook_grad(x, upstream, *given.values())
-    exact = reference.codebook_grad(x.cpu().double(), upstream.cpu().double(), *wide(given).values())
+def check_grad(cuda, given: ops.PackedWeight, x: torch.Tensor, upstream: torch.Tensor, tolerance: float) -> tuple:
+    grads = cuda.codebook_grad(x, upstream, given)
+    exact = reference.codebook_grad(x.cpu().double(), upstream.cpu().double(), wide(given))
     for ours, theirs in zip(grads, exact, strict=True):
         assert ours.dtype == torch.float32 and ours.shape == theirs.shape
         assert (ours.cpu() - theirs).norm() <= tolerance * theirs.norm()
@@ -148,19 +153,19 @@ def test_decode_takes_every_group_size_and_code_width(cuda, monkeypatch, group_s
         case = list(CASES.values())[(group_size + bits) % len(CASES)]
         shape = (11 * group_size - group_size // 2, 3)  # 11 codes: each bit of a byte is the first of one
         given = parts(group_size, 2**bits - (bits > 1), shape, torch.float16, **case)
-        check_decode(cuda, given, shape[0], torch.float16 if bits % 2 else torch.float32)
+        check_decode(cuda, given, torch.float16 if bits % 2 else torch.float32)
 
 
 @interpreted
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("group_size, shape", [(1, (130, 65)), (3, (200, 130)), (16, (135, 1)), (4, (1, 70))])
 def test_decode_tiles_meet(cuda, case, group_size, shape):
-    check_decode(cuda, parts(group_size, 13, shape, **case), shape[0], torch.float32)
+    check_decode(cuda, parts(group_size, 13, shape, **case), torch.float32)
 
 
 @interpreted
 def test_decode_rounds_to_bf16_before_the_gather_where_it_may(cuda):
-    check_decode(cuda, parts(3, 13, (40, 20)), 40, torch.bfloat16)
+    check_decode(cuda, parts(3, 13, (40, 20)), torch.bfloat16)
 
 
 @interpreted
@@ -171,7 +176,7 @@ def test_few_tokens_are_multiplied_tile_by_tile(cuda, monkeypatch, tokens, group
     shape = (90, 70)
     for dtype in (torch.float32, torch.float16):
         given = parts(group_size, clusters, shape, torch.float16, **CASES[case])
-        check_linear(cuda, given, normal(tokens, 70, dtype=dtype), normal(90, seed=2), 90)
+        check_linear(cuda, given, normal(tokens, 70, dtype=dtype), normal(90, seed=2))
 
 
 @interpreted
@@ -184,7 +189,7 @@ def test_splits_of_the_input_channels_add_up(cuda, tokens):
     tile = triton_tuning.fused_tile(4, groups, in_features, tokens, device)
     assert tile.share < in_features
     for bias in (None, normal(out_features)):
-        check_linear(cuda, given, normal(tokens, in_features), bias, out_features)
+        check_linear(cuda, given, normal(tokens, in_features), bias)
 
 
 @interpreted
@@ -194,12 +199,12 @@ def test_the_dtype_of_the_codebook_does_not_show(cuda, tokens, scaled):
     check_widths(cuda, parts(3, 13, (40, 150), torch.float16, scale_in=scaled, blocks=2), tokens, torch.float16)
 
 
-def check_widths(cuda, given: dict, tokens: int, dtype: torch.dtype) -> None:
+def check_widths(cuda, given: ops.PackedWeight, tokens: int, dtype: torch.dtype) -> None:
     # What merging leaves, against a layer whose adapter is active, in fp32.
-    before = {name: value if value is None or name == "codes" else value.float() for name, value in given.items()}
-    x, out_features = normal(tokens, len(given["codes"]), dtype=dtype, device=given["codes"].device), 40
-    y = cuda.linear(x, *given.values(), None, out_features)
-    assert torch.equal(y, cuda.linear(x, *before.values(), None, out_features))
+    before = wide(given, torch.float32, given.device)
+    x = normal(tokens, given.in_features, dtype=dtype, device=given.device)
+    y = cuda.linear(x, given, None)
+    assert torch.equal(y, cuda.linear(x, before, None))
 
 
 @interpreted
@@ -208,19 +213,17 @@ def test_more_tokens_a_residual_or_none_are_left_to_the_dense_product(cuda):
     dense = parts(3, 13, (40, 30), torch.float16, residual=True)
     for kept, size in ((given, (17, 30)), (given, (3, 6, 30)), (given, (0, 30)), (dense, (2, 30)), (dense, (30,))):
         x = normal(*size, dtype=torch.float16)
-        y = cuda.linear(x, *kept.values(), normal(40), 40)
-        assert torch.equal(y, reference.linear(x, *kept.values(), normal(40), 40))
+        y = cuda.linear(x, kept, normal(40))
+        assert torch.equal(y, reference.linear(x, kept, normal(40)))
 
 
 @interpreted
 @pytest.mark.parametrize("size", [(30,), (1, 1, 30), (2, 3, 30)])
 def test_leading_dimensions_are_kept(cuda, size):
     given = parts(3, 13, (40, 30))
-    check_linear(cuda, given, normal(*size), None, 40)
+    check_linear(cuda, given, normal(*size), None)
     turned = normal(30, 4).t()
-    assert torch.equal(
-        cuda.linear(turned, *given.values(), None, 40), cuda.linear(turned + 0, *given.values(), None, 40)
-    )
+    assert torch.equal(cuda.linear(turned, given, None), cuda.linear(turned + 0, given, None))
 
 
 @interpreted
@@ -254,7 +257,7 @@ def test_codebook_grad_does_not_depend_on_the_order(cuda, monkeypatch):
     grads = []
     for copies in (1, 3, 64):
         monkeypatch.setattr(triton_tuning, "copies", lambda entries, copies=copies: copies)
-        grads.append(cuda.codebook_grad(x, upstream, *given.values()))
+        grads.append(cuda.codebook_grad(x, upstream, given))
     for other in grads[1:]:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads[0], other, strict=True))
 
@@ -273,29 +276,27 @@ def test_codebook_grad_keeps_its_digits_at_every_magnitude(cuda, size):
 def test_no_gradient_is_zero_and_overflow_is_seen(cuda):
     given = parts(3, 13, (40, 30), scale_in=True)
     for upstream in (torch.zeros(20, 40), torch.zeros(0, 40)):
-        grads = cuda.codebook_grad(normal(len(upstream), 30), upstream, *given.values())
+        grads = cuda.codebook_grad(normal(len(upstream), 30), upstream, given)
         assert [grad.shape for grad in grads] == [(1, 13, 3), (30,), (0,)]
         assert not any(grad.any() for grad in grads)
     for value in (float("inf"), float("nan")):
         upstream = normal(20, 40)
         upstream[3, 5] = value
-        grad = cuda.codebook_grad(normal(20, 30), upstream, *given.values())[0]
+        grad = cuda.codebook_grad(normal(20, 30), upstream, given)[0]
         assert not grad.isfinite().any()
 
 
 @direct
 def test_what_the_kernels_do_not_serve_goes_to_the_reference(cuda):
     assert not cuda.available(torch.device("cpu"))
-    for op in (ops.DECODE, ops.LINEAR, ops.CODEBOOK_GRAD):
-        assert "cuda" in op._backend_fns
     given = parts(3, 13, (40, 30), torch.float64, **CASES["everything"])
     x, upstream = normal(4, 30, dtype=torch.float64), normal(4, 40, dtype=torch.float64)
-    weight = cuda.decode(*given.values(), 40, torch.float64)
-    assert torch.equal(weight, reference.decode(*given.values(), 40, torch.float64))
-    assert torch.equal(cuda.linear(x, *given.values(), None, 40), F.linear(x, weight))
+    weight = cuda.decode(given, torch.float64)
+    assert torch.equal(weight, reference.decode(given, torch.float64))
+    assert torch.equal(cuda.linear(x, given, None), F.linear(x, weight))
     for dtype in (torch.float64, torch.float32):
-        grads = cuda.codebook_grad(x.to(dtype), upstream.to(dtype), *given.values())
-        exact = reference.codebook_grad(x.to(dtype), upstream.to(dtype), *given.values())
+        grads = cuda.codebook_grad(x.to(dtype), upstream.to(dtype), given)
+        exact = reference.codebook_grad(x.to(dtype), upstream.to(dtype), given)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, exact, strict=True))
 
 
@@ -311,8 +312,8 @@ def test_sums_in_fp32_stay_so_under_autocast(cuda):
     given = parts(3, 13, (40, 30))
     x, upstream = normal(4, 30), normal(4, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        grads = cuda.codebook_grad(x, upstream, *given.values())
-    assert torch.equal(grads[0], reference.codebook_grad(x, upstream, *given.values())[0])
+        grads = cuda.codebook_grad(x, upstream, given)
+    assert torch.equal(grads[0], reference.codebook_grad(x, upstream, given)[0])
 
 
 @direct
@@ -454,7 +455,7 @@ class TestOnTheDevice:
     def test_decode(self, cuda, case, group_size, bits):
         for dtype in _DTYPES.values():
             given = parts(group_size, 2**bits, (1000, 777), torch.float16, "cuda", **case)
-            check_decode(cuda, given, 1000, dtype)
+            check_decode(cuda, given, dtype)
 
     @pytest.mark.parametrize("case", ["plain", "blocks", "scale_in", "scale_out"])
     @pytest.mark.parametrize("group_size, bits", [(1, 4), (3, 8), (4, 12), (8, 15), (16, 11)])
@@ -463,8 +464,8 @@ class TestOnTheDevice:
         for dtype in _DTYPES.values():
             given = parts(group_size, 2**bits, (1000, 2048), torch.float16, "cuda", **CASES[case])
             x, bias = normal(tokens, 2048, dtype=dtype, device="cuda"), normal(1000, device="cuda")
-            y = check_linear(cuda, given, x, bias, 1000)
-            assert torch.equal(y, cuda.linear(x, *given.values(), bias, 1000))
+            y = check_linear(cuda, given, x, bias)
+            assert torch.equal(y, cuda.linear(x, given, bias))
 
     @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("group_size", [1, 3, 4, 8, 16])
@@ -482,7 +483,7 @@ class TestOnTheDevice:
             x = normal(700, 520, dtype=dtype, device="cuda")
             upstream = normal(700, 1000, dtype=dtype, device="cuda", seed=2)
             grads = check_grad(cuda, given, x, upstream, 3e-5)
-            again = cuda.codebook_grad(x, upstream, *given.values())
+            again = cuda.codebook_grad(x, upstream, given)
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, again, strict=True))
 
     @pytest.mark.parametrize("tokens", [3, 40])
@@ -491,20 +492,21 @@ class TestOnTheDevice:
         serves = cuda._serves
         monkeypatch.setattr(cuda, "_serves", lambda *given: seen.append(serves(*given)) or seen[-1])
         given = parts(3, 50, (90, 64), torch.float32, "cuda", scale_in=True, scale_out=True)
-        for name in ("codebook", "scale_in", "scale_out"):
-            given[name].requires_grad_()
+        leaves = (given.codebook, given.scale_in, given.scale_out)
+        for leaf in leaves:
+            leaf.requires_grad_()
         x = normal(tokens, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
-        y = ops.linear(x, **given, out_features=90)
+        y = ops.linear(x, given)
         y.backward(normal(tokens, 90, dtype=torch.bfloat16, device="cuda"))
         assert len(seen) >= 3 and all(seen)
-        expected = reference.linear(x, *given.values(), None, 90)
+        expected = reference.linear(x, given, None)
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-        assert all(given[name].grad.isfinite().all() for name in ("codebook", "scale_in", "scale_out"))
+        assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
     def test_codes_of_another_device(self, cuda):
         if torch.cuda.device_count() < 2:
             pytest.skip("one device")
         given = parts(3, 50, (90, 64), torch.float32, "cuda:1", scale_in=True)
-        check_decode(cuda, given, 90, torch.bfloat16)
-        check_linear(cuda, given, normal(3, 64, device="cuda:1"), None, 90)
+        check_decode(cuda, given, torch.bfloat16)
+        check_linear(cuda, given, normal(3, 64, device="cuda:1"), None)
         check_grad(cuda, given, normal(30, 64, device="cuda:1"), normal(30, 90, device="cuda:1"), 3e-5)

@@ -1,10 +1,10 @@
-"""The CPU backend of the ops: the maths of `reference`, on packed codes, in compiled loops.
+"""The CPU backend: the formulas of `reference` in compiled loops that read packed codes.
 
-    decode          bit for bit the reference; in tiles of channels × outputs, without codes or weights in between
+    decode          tile by tile of channels × outputs; nothing but the weight is written to memory
     linear          few tokens: from the codes, y[o] = s_out[o] · Σ_i s_in[i] · x[i] · C[code(i, o // g), o % g],
-                    summed in fp32; the weight is never written to memory, which is what one token's time goes into;
+                    summed in fp32; the weight is never written to memory, which would take most of one token's time;
                     for x in bf16 and g of 3 or 4, C is rounded to bf16 where the machine gathers such rows at once
-                    more tokens: decode, then the very call of nn.Linear
+                    more tokens: decode, then F.linear
     codebook_grad   dL/dW tile by tile as the reference; for x and dy in bf16 in bf16 too where the machine has matrix
                     units for it, which rounds each element of dL/dW as training the dense layer does; every sum over
                     them in fp32
@@ -14,12 +14,15 @@
                       ├─► tile of dL/dWᵀ [channels, out] ──► thread 0: its channels ──► gradient table 0 ─┐
     dy [tokens, out] ─┘        a few MB                  └─► thread 1: its channels ──► gradient table 1 ─┴─► Σ
 
-Threads are those of torch (`torch.set_num_threads`), whose OpenMP pool also runs the kernels: a second pool would find
-the cores taken by threads of the first that spin. Results depend on the number of threads only in `codebook_grad`, and
-there only in the order of its sums.
+The number of threads changes results in `codebook_grad` alone, and there only the order of sums.
 
-Without numba, or with a broken one, for small matrices, fp64 and whatever else the kernels do not know, the reference
-does the work.
+The reference does the work without numba or with a broken one, for small matrices, for fp64 and for what else the
+kernels do not take: a weight in fp16 with scales, a residual in fp16 or with strides (decode).
+
+    __init__       the ops                      kernels      numba: what a task computes
+    arguments      the weight for kernels       simd         LLVM: their inner loops
+    threads        runs them                    loops, ir    LLVM: loops made for one g and b
+    compilation    whether there are any
 """
 
 from __future__ import annotations
@@ -27,17 +30,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ...packed_weight import PackedWeight
 from .. import reference
-from .packed import FLOATS, Packed, compiled, packed_for, places, with_kernels
+from .arguments import FLOATS, arguments_for
+from .compilation import compiled, with_kernels
+from .threads import run
 
 __all__ = ["MAX_FEW_TOKENS", "codebook_grad", "decode", "linear", "product_dtype"]
 
@@ -60,29 +62,8 @@ def _multiplies_bf16() -> bool:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients of `dtype` are multiplied fastest, nothing lost."""
+    """The dtype in which numbers of `dtype` are multiplied fastest without losing digits."""
     return torch.float32 if dtype == torch.bfloat16 and not _multiplies_bf16() else dtype
-
-
-@functools.cache
-def _openmp() -> Any:
-    """`GOMP_parallel` of the OpenMP runtime that torch runs on; None where there is none."""
-    try:
-        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return function
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-@functools.cache
-def _function(address: int) -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
 @functools.cache
@@ -105,28 +86,6 @@ def _empty_weight(out_features: int, in_features: int, dtype: torch.dtype) -> to
     return weight
 
 
-def _run(name: str, tasks: int, scratch_bytes: int, packed: Packed, fields: dict[str, int]) -> None:
-    """Runs the tasks of a kernel on torch's threads; `scratch_bytes` for each of them."""
-    kernels = compiled()
-    threads = min(torch.get_num_threads(), tasks)
-    scratch = torch.zeros(threads * scratch_bytes + 64, dtype=torch.uint8)
-    values, index = packed.arguments(name), places()
-    values[index["tasks"]], values[index["scratch"]] = tasks, scratch.data_ptr()
-    values[index["scratch_bytes"]] = scratch_bytes
-    for key, value in fields.items():
-        values[index[key]] = value
-    address, place = kernels.kernel_address(name), ctypes.addressof(values)
-    if threads == 1:
-        _function(address)(place)
-    elif (openmp := _openmp()) is not None:
-        openmp(address, place, threads, 0)
-    else:
-        helpers = [_pool(threads, os.getpid()).submit(_function(address), place) for _ in range(threads - 1)]
-        _function(address)(place)
-        for helper in helpers:
-            helper.result()
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -135,98 +94,77 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _takes(codes: torch.Tensor, out_features: int, *dtypes: torch.dtype) -> bool:
-    large = codes.shape[0] * out_features >= _SMALL
-    return large and all(dtype in FLOATS for dtype in dtypes) and compiled() is not None
+def _takes(weight: PackedWeight, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels take a weight, and tensors of these dtypes."""
+    large = weight.in_features * weight.out_features >= _SMALL
+    return large and weight.codebook.dtype in FLOATS and all(dtype in FLOATS for dtype in dtypes) and bool(compiled())
+
+
+def _with_contiguous_codes(weight: PackedWeight) -> PackedWeight:
+    return weight if weight.codes.is_contiguous() else weight._replace(codes=weight.codes.contiguous())
 
 
 @with_kernels
-def decode(
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight [out, in] in `dtype`, bit for bit `reference.decode`."""
-    plain = scale_in is None and scale_out is None and residual is None
+def decode(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] in `dtype`."""
+    plain, residual = weight.is_plain, weight.residual
     known = plain or dtype != torch.float16
     if residual is not None:
         known = known and residual.is_contiguous() and residual.dtype in (torch.float32, torch.bfloat16)
-    if not (known and _takes(codes, out_features, dtype, codebook.dtype)):
-        return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
-    kernels, codes = compiled(), codes.contiguous()
-    packed = packed_for(codes, codebook, out_features, dtype if plain else torch.float32)
-    weight = _empty_weight(out_features, packed.in_features, dtype)
-    scale_in, scale_out = _float(scale_in), _float(scale_out)
-    per_task, tasks = packed.split(_TASK_OUTPUTS)
+    if not (known and _takes(weight, dtype)):
+        return reference.decode(weight, dtype)
+    kernels, weight = compiled(), _with_contiguous_codes(weight)
+    matrix = arguments_for(weight, dtype if plain else torch.float32)
+    decoded = _empty_weight(weight.out_features, weight.in_features, dtype)
+    scale_in, scale_out = _float(weight.scale_in), _float(weight.scale_out)
+    most_chunks, tasks = matrix.split(_TASK_OUTPUTS)
     item = dtype.itemsize if plain else 4
-    run = kernels.RUN_BYTES // dtype.itemsize
-    scratch = run * ((per_task * 8 * packed.group + kernels.SLACK) * item + (0 if plain else 9 * 4))
+    channels = kernels.RUN_BYTES // dtype.itemsize
+    scratch = channels * ((most_chunks * 8 * matrix.group_size + kernels.SLACK) * item + (0 if plain else 9 * 4))
     fields = {
-        "most_blocks": per_task,
+        "most_chunks": most_chunks,
         "scale_in": _address(scale_in),
         "scale_out": _address(scale_out),
         "residual": _address(residual),
         "residual_item": 0 if residual is None else residual.element_size(),
-        "weight": weight.data_ptr(),
+        "weight": decoded.data_ptr(),
         "item": dtype.itemsize,
     }
-    _run("decode", tasks, scratch, packed, fields)
-    return weight
+    run("decode", tasks, scratch, matrix, fields)
+    return decoded
 
 
 @with_kernels
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`x Wᵀ + bias` in the dtype of x."""
     tokens = x.numel() // max(1, x.shape[-1])
-    few = 0 < tokens <= MAX_FEW_TOKENS and residual is None
-    if few and _takes(codes, out_features, x.dtype, codebook.dtype):
-        return _linear_few(x, codes, codebook, scale_in, scale_out, bias, out_features)
-    weight = decode(codes, codebook, scale_in, scale_out, residual, out_features, x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if 0 < tokens <= MAX_FEW_TOKENS and weight.residual is None and _takes(weight, x.dtype):
+        return _linear_few(x, weight, bias)
+    return reference.dense_linear(x, decode(weight, x.dtype), bias)
 
 
-def _linear_few(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
-    kernels, codes = compiled(), codes.contiguous()
-    flat = x.reshape(-1, codes.shape[0])
+def _linear_few(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    kernels, weight = compiled(), _with_contiguous_codes(weight)
+    out_features, scale_in, scale_out = weight.out_features, weight.scale_in, weight.scale_out
+    flat = x.reshape(-1, weight.in_features)
     flat = (flat.float() if scale_in is None else flat * scale_in.float()).contiguous()
     tokens = len(flat)
-    bf16 = x.dtype == torch.bfloat16 and tokens <= _FEWEST_TOKENS and kernels.takes_bf16(codebook.shape[2])
-    if scale_in is None and scale_out is None and not bf16:
-        codebook = codebook.to(x.dtype)  # to which `decode` rounds the weight
-    packed = packed_for(codes, codebook, out_features, torch.bfloat16 if bf16 else torch.float32)
+    bf16 = x.dtype == torch.bfloat16 and tokens <= _FEWEST_TOKENS and kernels.takes_bf16(weight.group_size)
+    if not weight.is_scaled and not bf16:
+        weight = weight._replace(codebook=weight.codebook.to(x.dtype))  # to which `decode` rounds the weight
+    matrix = arguments_for(weight, torch.bfloat16 if bf16 else torch.float32)
     y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
     fields = {"x": flat.data_ptr(), "tokens": tokens, "y": y.data_ptr(), "y_step": out_features * 4}
     if tokens <= _FEWEST_TOKENS:
-        # Tasks of equal length, enough of them that a thread which starts late is made up for.
-        tasks = min(packed.blocks, 4 * torch.get_num_threads())
-        loop, lanes, _ = kernels.token_loop(packed.bits, packed.lanes, tokens, bf16)
+        # Tasks of equal length, and several for each thread, so that one which starts late does fewer.
+        tasks = min(matrix.chunks, 4 * torch.get_num_threads())
+        loop, lanes, _ = kernels.token_loop(matrix.bits, matrix.lanes, tokens, bf16)
         fields |= {"loop": loop, "lanes": lanes}
-        _run("fewest", tasks, -(-packed.blocks // tasks) * 32 * lanes * tokens, packed, fields)
+        run("fewest", tasks, -(-matrix.chunks // tasks) * 32 * lanes * tokens, matrix, fields)
     else:
-        per_task, tasks = packed.split(_FEW_TASK_OUTPUTS)
-        scratch = (kernels.ROWS + tokens) * (per_task * 8 * packed.group + kernels.SLACK) * 4
-        _run("few", tasks, scratch, packed, {**fields, "most_blocks": per_task})
+        most_chunks, tasks = matrix.split(_FEW_TASK_OUTPUTS)
+        scratch = (kernels.ROWS + tokens) * (most_chunks * 8 * matrix.group_size + kernels.SLACK) * 4
+        run("few", tasks, scratch, matrix, {**fields, "most_chunks": most_chunks})
     # Every call into torch costs as much as some thousand codes.
     if scale_out is not None:
         y = torch.mul(y, scale_out.float(), out=y if bias is not None else y.new_empty(y.shape, dtype=x.dtype))
@@ -237,51 +175,38 @@ def _linear_few(
 
 @with_kernels
 def codebook_grad(
-    x: torch.Tensor,
-    grad_output: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of codebook [m, n, g], scale_in [in] and scale_out [out] (empty without scales), fp32 or fp64."""
-    known = _takes(codes, grad_output.shape[1], x.dtype, grad_output.dtype, codebook.dtype)
+    if not (len(x) and _takes(weight, x.dtype, grad_output.dtype)):
+        return reference.codebook_grad(x, grad_output, weight)
     # Backward may run inside the user's autocast region.
     with torch.autocast("cpu", enabled=False):
-        grads = _codebook_grad if known and len(x) else reference.codebook_grad
-        return grads(x, grad_output, codes, codebook, scale_in, scale_out, residual)
+        return _codebook_grad(x, grad_output, weight)
 
 
 def _codebook_grad(
-    x: torch.Tensor,
-    grad_output: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out_features = grad_output.shape[1]
-    kernels, codes = compiled(), codes.contiguous()
-    packed = packed_for(codes, codebook, out_features, torch.float32)
+    kernels, weight = compiled(), _with_contiguous_codes(weight)
+    in_features, out_features, clusters = weight.in_features, weight.out_features, weight.num_clusters
+    matrix = arguments_for(weight, torch.float32)
     # fp16 has no room for the elements of dL/dW of a scaled loss.
     half = x.dtype == grad_output.dtype == torch.bfloat16 and _multiplies_bf16()
     dtype = torch.bfloat16 if half else torch.float32
     grad_output = grad_output.to(dtype)
-    scale_in, scale_out = _float(scale_in), _float(scale_out)
-    if scale_in is None and scale_out is None:
-        residual = None
+    scale_in, scale_out = _float(weight.scale_in), _float(weight.scale_out)
+    residual = weight.residual if weight.is_scaled else None
 
-    tasks = max(1, min(torch.get_num_threads(), _PARTIAL_BYTES // packed.table_bytes))
-    tables = torch.zeros(tasks, *packed.table_shape)
-    grad_in = torch.zeros(0 if scale_in is None else packed.in_features)
+    tasks = max(1, min(torch.get_num_threads(), _PARTIAL_BYTES // matrix.table_bytes))
+    tables = torch.zeros(tasks, *matrix.table_shape)
+    grad_in = torch.zeros(0 if scale_in is None else in_features)
     grad_out = torch.zeros(tasks, 0 if scale_out is None else out_features)
-    rows = max(1, min(packed.in_features, _TILE_BYTES // (out_features * dtype.itemsize)))
+    rows = max(1, min(in_features, _TILE_BYTES // (out_features * dtype.itemsize)))
     tile = torch.empty(rows, out_features, dtype=dtype)
-    scratch = 2 * (packed.blocks * 8 * packed.group + kernels.SLACK) * 4
-    for start in range(0, packed.in_features, rows):
-        stop = min(start + rows, packed.in_features)
+    scratch = 2 * (matrix.chunks * 8 * matrix.group_size + kernels.SLACK) * 4
+    for start in range(0, in_features, rows):
+        stop = min(start + rows, in_features)
         torch.mm(x[:, start:stop].to(dtype).t(), grad_output, out=tile[: stop - start])
         part = None if residual is None else residual[:, start:stop].t().float().contiguous()
         fields = {
@@ -297,9 +222,9 @@ def _codebook_grad(
             "grad_in": grad_in.data_ptr(),
             "grad_out": grad_out.data_ptr(),
         }
-        _run("scatter", tasks, scratch, packed, fields)
-    table, clusters = tables.sum(0)[..., : packed.group], codebook.shape[1]
+        run("scatter", tasks, scratch, matrix, fields)
+    table = tables.sum(0)[..., : matrix.group_size]
     grad_codebook = table[:, :clusters].contiguous()
     if clusters < table.shape[1]:
-        grad_codebook[:, -1] += table[:, clusters:].sum(1)  # what damaged codes collected
+        grad_codebook[:, -1] += table[:, clusters:].sum(1)  # what stray codes collected
     return grad_codebook, grad_in, grad_out.sum(0)

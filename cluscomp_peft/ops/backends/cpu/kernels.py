@@ -1,10 +1,11 @@
 # mypy: ignore-errors
 # Compiled functions: numba types them, and refuses what does not fit.
-"""The compiled kernels of the CPU backend. The package prepares what they read and says when they run.
+"""The compiled kernels of the CPU backend. `arguments.py` prepares what they read, `threads.py` runs them.
 
 A kernel takes the address of an array of int64 (`FIELDS`: addresses, sizes, flags) and works until no task is left.
 The first element counts the tasks that were claimed, the second the workers, each of which has scratch memory of its
-own: so any pool of threads can run a kernel, and what a task computes does not depend on who ran it.
+own: so any pool of threads can run a kernel, and what a task computes does not depend on who ran it. A chunk is eight
+codes that follow each other in a packed row, which take b whole bytes.
 
     decode      task: rows of W             gather a run of channels, transpose, (residual, scales, round), write
     few         task: columns of y          gather 32 input channels in fp32, multiply them with every token
@@ -23,23 +24,21 @@ from numba.extending import intrinsic
 
 from ....jit import callback
 from .loops import call_token_loop, table_loop, takes_bf16, token_loop
-from .simd import TOKENS, claim, gather, multiply, scatter, turn2, turn4
+from .simd import TOKENS, claim, gather, multiply, scatter, transpose2, transpose4
 
 __all__ = ["FIELDS", "ROWS", "RUN_BYTES", "SLACK", "kernel_address", "table_loop", "takes_bf16", "token_loop"]
 
 FIELDS = namedtuple(
     "FIELDS",
-    "claimed workers tasks scratch scratch_bytes most_blocks "  # who does what
-    "codes tail safe width bits blocks group in_features out_features codebooks table row_bytes table_bytes "
+    "claimed workers tasks scratch scratch_bytes most_chunks "  # who does what
+    "codes tail safe width bits chunks group in_features out_features num_blocks table row_bytes table_bytes "
     "scale_in scale_out residual residual_item weight item "  # 0 where there is none
     "x tokens y y_step loop lanes grad grad_item start stop grad_table grad_table_bytes grad_in grad_out",
 )
 RUN_BYTES = 2048  # of a row of W written at once: a quarter of it takes three times as long, for the pages it visits
 ROWS = 32  # input channels whose weights a few tokens meet in the first-level cache
 SLACK = 64  # elements that a gathered row may be written, or read, too far
-_CODE_ROWS = (
-    32  # input channels of the fewest tokens at a time: more of their codes would push each other out of that cache
-)
+_CODE_ROWS = 32  # input channels that the fewest tokens meet at a time: the codes of more would not stay in that cache
 _F = FIELDS(*range(len(FIELDS._fields)))
 _COUNT = len(_F)
 
@@ -76,26 +75,26 @@ def _codes_of(a, channel):
 @njit(nogil=True, error_model="numpy")
 def _table_of(a, channel):
     """Address of the codebook that a channel uses."""
-    if a[_F.codebooks] == 1:
+    if a[_F.num_blocks] == 1:
         return a[_F.table]
-    return a[_F.table] + channel * a[_F.codebooks] // a[_F.in_features] * a[_F.table_bytes]
+    return a[_F.table] + channel * a[_F.num_blocks] // a[_F.in_features] * a[_F.table_bytes]
 
 
 @njit(nogil=True, error_model="numpy")
 def _outputs(a, task):
-    """First block of eight codes, blocks, first output and outputs of a task."""
-    first = task * a[_F.blocks] // a[_F.tasks]
-    blocks = (task + 1) * a[_F.blocks] // a[_F.tasks] - first
+    """First chunk, number of chunks, first output and number of outputs of a task."""
+    first = task * a[_F.chunks] // a[_F.tasks]
+    chunks = (task + 1) * a[_F.chunks] // a[_F.tasks] - first
     start = first * 8 * a[_F.group]
-    return first, blocks, start, min(blocks * 8 * a[_F.group], a[_F.out_features] - start)
+    return first, chunks, start, min(chunks * 8 * a[_F.group], a[_F.out_features] - start)
 
 
 @njit(nogil=True, error_model="numpy")
-def _gather_channels(a, first, blocks, start, stop, item, place, step):
+def _gather_channels(a, first, chunks, start, stop, item, place, step):
     """Weights of the input channels [start, stop), channel by channel, `step` bytes apart."""
     for channel in range(start, stop):
         codes = _codes_of(a, channel) + first * a[_F.bits]
-        gather(a[_F.row_bytes], codes, blocks, a[_F.bits], a[_F.group] * item, _table_of(a, channel), place)
+        gather(a[_F.row_bytes], codes, chunks, a[_F.bits], a[_F.group] * item, _table_of(a, channel), place)
         place += step
 
 
@@ -145,27 +144,27 @@ def _decode(address):
     scratch = a[_F.scratch] + claim(address + 8 * _F.workers) * a[_F.scratch_bytes]
     plain = a[_F.scale_in] == 0 and a[_F.scale_out] == 0 and a[_F.residual] == 0
     item = a[_F.item] if plain else 4
-    step = (a[_F.most_blocks] * 8 * a[_F.group] + SLACK) * item
+    step = (a[_F.most_chunks] * 8 * a[_F.group] + SLACK) * item
     run = RUN_BYTES // a[_F.item]
     lines, line = scratch + run * step, 4 * run
     while True:
         task = claim(address)
         if task >= a[_F.tasks]:
             return
-        first, blocks, start, count = _outputs(a, task)
+        first, chunks, start, count = _outputs(a, task)
         for channel in range(0, a[_F.in_features], run):
             channels = min(run, a[_F.in_features] - channel)
-            _gather_channels(a, first, blocks, channel, channel + channels, item, scratch, step)
+            _gather_channels(a, first, chunks, channel, channel + channels, item, scratch, step)
             if plain:
                 target = a[_F.weight] + (start * a[_F.in_features] + channel) * item
                 if item == 4:
-                    turn4(scratch, step, channels, count, target, a[_F.in_features] * 4)
+                    transpose4(scratch, step, channels, count, target, a[_F.in_features] * 4)
                 else:
-                    turn2(scratch, step, channels, count, target, a[_F.in_features] * 2)
+                    transpose2(scratch, step, channels, count, target, a[_F.in_features] * 2)
                 continue
             for o in range(0, count, 8):
                 outputs = min(8, count - o)
-                turn4(scratch + 4 * o, step, channels, outputs, lines, line)
+                transpose4(scratch + 4 * o, step, channels, outputs, lines, line)
                 for k in range(outputs):
                     _finish(a, lines + line * k, lines + line * 8, start + o + k, channel, channels)
 
@@ -173,17 +172,17 @@ def _decode(address):
 def _few(address):
     a = _longs(address, _COUNT)
     scratch = a[_F.scratch] + claim(address + 8 * _F.workers) * a[_F.scratch_bytes]
-    step = (a[_F.most_blocks] * 8 * a[_F.group] + SLACK) * 4
+    step = (a[_F.most_chunks] * 8 * a[_F.group] + SLACK) * 4
     sums = scratch + ROWS * step
     while True:
         task = claim(address)
         if task >= a[_F.tasks]:
             return
-        first, blocks, start, count = _outputs(a, task)
+        first, chunks, start, count = _outputs(a, task)
         _floats(sums, a[_F.tokens] * step // 4)[:] = 0
         for channel in range(0, a[_F.in_features], ROWS):
             rows = min(ROWS, a[_F.in_features] - channel)
-            _gather_channels(a, first, blocks, channel, channel + rows, 4, scratch, step)
+            _gather_channels(a, first, chunks, channel, channel + rows, 4, scratch, step)
             for token in range(0, a[_F.tokens], TOKENS):
                 x = a[_F.x] + 4 * (token * a[_F.in_features] + channel)
                 tokens = min(TOKENS, a[_F.tokens] - token)
@@ -205,8 +204,8 @@ def _fewest(address):
         task = claim(address)
         if task >= a[_F.tasks]:
             return
-        first, blocks, start, count = _outputs(a, task)
-        result = _floats(sums, blocks * size)
+        first, chunks, start, count = _outputs(a, task)
+        result = _floats(sums, chunks * size)
         result[:] = 0
         channel = 0
         while channel < a[_F.in_features]:
@@ -214,29 +213,29 @@ def _fewest(address):
             table = _table_of(a, channel)
             if channel < a[_F.safe]:
                 rows = min(rows, a[_F.safe] - channel)
-            if a[_F.codebooks] > 1:
+            if a[_F.num_blocks] > 1:
                 more = 1
                 while more < rows and _table_of(a, channel + more) == table:
                     more += 1
                 rows = more
             codes = _codes_of(a, channel) + first * a[_F.bits]
-            for block in range(blocks):
+            for chunk in range(chunks):
                 call_token_loop(
                     a[_F.loop],
-                    codes + block * a[_F.bits],
+                    codes + chunk * a[_F.bits],
                     a[_F.width],
                     rows,
                     a[_F.x] + 4 * channel,
                     4 * a[_F.in_features],
                     table,
-                    sums + 4 * block * size,
+                    sums + 4 * chunk * size,
                 )
             channel += rows
         for token in range(tokens):
             y = _floats(a[_F.y] + token * a[_F.y_step] + 4 * start, count)
             o = 0
-            for block in range(blocks):
-                place = block * size + token * 8 * lanes
+            for chunk in range(chunks):
+                place = chunk * size + token * 8 * lanes
                 for _ in range(8):
                     for k in range(min(group, count - o)):
                         y[o + k] = result[place + k]
@@ -274,8 +273,8 @@ def _scale(a, channel, grad, values, spare):
 def _scatter(address):
     a = _longs(address, _COUNT)
     scratch = a[_F.scratch] + claim(address + 8 * _F.workers) * a[_F.scratch_bytes]
-    outputs, group, blocks = a[_F.out_features], a[_F.group], a[_F.blocks]
-    padded = blocks * 8 * group + SLACK
+    outputs, group, chunks = a[_F.out_features], a[_F.group], a[_F.chunks]
+    padded = chunks * 8 * group + SLACK
     values = scratch + 4 * padded
     row, digits = _floats(scratch, padded), _words(scratch, padded)
     row[outputs:] = 0
@@ -300,10 +299,10 @@ def _scatter(address):
                     digits[o] = np.int32(halves[o]) << 16
             codes = _codes_of(a, channel)
             if scaled:
-                gather(a[_F.row_bytes], codes, blocks, a[_F.bits], 4 * group, _table_of(a, channel), values)
+                gather(a[_F.row_bytes], codes, chunks, a[_F.bits], 4 * group, _table_of(a, channel), values)
                 _scale(a, channel, scratch, values, a[_F.grad_out] + 4 * task * outputs)
             offset = _table_of(a, channel) - a[_F.table]
-            scatter(a[_F.row_bytes], codes, blocks, a[_F.bits], 4 * group, table + offset, scratch)
+            scatter(a[_F.row_bytes], codes, chunks, a[_F.bits], 4 * group, table + offset, scratch)
 
 
 _KERNELS = {"decode": _decode, "few": _few, "fewest": _fewest, "scatter": _scatter}

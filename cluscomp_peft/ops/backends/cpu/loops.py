@@ -35,7 +35,7 @@ def call_token_loop(context, function, codes, step, rows, x, x_step, table, sums
 
 
 def _gather_rows(builder: ir.IRBuilder, codes: ir.Value, table: ir.Value, bits: int, row_bytes: int) -> ir.Value:
-    """The table rows of a block of eight codes, 4 or 8 bytes each, side by side in one register."""
+    """The table rows of a chunk of eight codes, 4 or 8 bytes each, side by side in one register."""
     longs = ir.VectorType(LONG, 8)
     item = FLOAT if row_bytes == 4 else ir.DoubleType()
     items, mask = ir.VectorType(item, 8), ir.VectorType(ir.IntType(1), 8)
@@ -72,7 +72,7 @@ def _shuffled(builder: ir.IRBuilder, values: list[ir.Value], tokens: int, masks:
 
 
 def _permute_rows(builder: ir.IRBuilder, codes: ir.Value, halves: list[ir.Value], bits: int) -> ir.Value:
-    """The floats of a block of eight codes of up to four bits, from a table in two registers."""
+    """The floats of a chunk of eight codes of up to four bits, from a table in two registers."""
     words = ir.VectorType(WORD, 8)
     word = broadcast(builder, load(builder, codes, WORD, align=1), 8)
     entries = builder.lshr(word, ir.Constant(words, [k * bits for k in range(8)]))
@@ -92,7 +92,7 @@ def takes_bf16(group: int) -> bool:
 
 @functools.cache
 def token_loop(bits: int, lanes: int, tokens: int, bf16: bool = False) -> tuple[int, int, object]:
-    """The loop of up to four tokens over the input channels of one block of eight codes, made for b and padded g.
+    """The loop of up to four tokens over the input channels of one chunk of eight codes, made for b and padded g.
 
         f(codes, step, rows, x, x_step, table, sums):   sums[t, k, :] += Σ_r x[t, r] · table[code(r, k), :]   k = 0 … 7
 
@@ -177,9 +177,9 @@ def token_loop(bits: int, lanes: int, tokens: int, bf16: bool = False) -> tuple[
 
 @functools.cache
 def table_loop(group: int, lanes: int, source: str, bf16: bool) -> tuple[int, object]:
-    """The loop that makes tables of codebooks: rows of `group` numbers in one dtype to rows of `lanes` in another.
+    """The loop that makes tables of blocks: rows of `group` numbers in one dtype to rows of `lanes` in another.
 
-        f(codebook, codebooks, clusters, table, jump):   table[m · jump bytes + (r, k)] = codebook[m, r, k]   k < g
+        f(codebook, blocks, clusters, table, jump):   table[m · jump bytes + (r, k)] = codebook[m, r, k]   k < g
 
     Args:
         source (`str`): Dtype of the codebook, "float32", "float16" or "bfloat16".
@@ -191,7 +191,7 @@ def table_loop(group: int, lanes: int, source: str, bf16: bool) -> tuple[int, ob
     module = ir.Module("cluscomp_table_loop")
     module.triple = binding.get_process_triple()
     function = ir.Function(module, ir.FunctionType(VOID, [LONG] * 5), "table_loop")
-    codebook, codebooks, clusters, table, jump = function.args
+    codebook, blocks, clusters, table, jump = function.args
     item = {"float32": FLOAT, "float16": ir.HalfType(), "bfloat16": ir.IntType(16)}[source]
     size, long = 4 if source == "float32" else 2, functools.partial(ir.Constant, LONG)
     kind = ir.VectorType(item, lanes)
@@ -208,7 +208,7 @@ def table_loop(group: int, lanes: int, source: str, bf16: bool) -> tuple[int, ob
     done, head = function.append_basic_block("done"), builder.block
     builder.branch(outer)
     builder.position_at_end(outer)
-    left, start, place = (loop_phi(builder, value, head) for value in (codebooks, codebook, table))
+    left, start, place = (loop_phi(builder, value, head) for value in (blocks, codebook, table))
     builder.branch(inner)
     builder.position_at_end(inner)
     rows, where, to = (loop_phi(builder, value, outer) for value in (clusters, start, place))

@@ -3,11 +3,11 @@
 """The inner loops of the CPU backend, as LLVM instructions: numba's own vectoriser neither sees that rows of a table
 have a constant length nor keeps sums in registers.
 
-One primitive serves all: walk along a packed row, eight codes (b bytes) at a time, and do something with the table row
-of each code. Table rows are padded to a power of two, so that one vector instruction moves a row; what it writes too
-much is overwritten by the next.
+One primitive serves all: walk along a packed row, a chunk of eight codes (b bytes) at a time, and read or write the
+table row of each code. Table rows are padded to a power of two, so that one vector instruction moves a row; the next
+row overwrites the padding that it wrote.
 
-    packed row   |   b bytes: 8 codes   |   b bytes: 8 codes   | …       two 64-bit words hold a block of any b ≤ 16
+    packed row   |   b bytes: 8 codes   |   b bytes: 8 codes   | …       two 64-bit words hold a chunk of any b ≤ 16
                      c0   c1   c2  …
     table row     [ w w w · ]                                            g = 3, lanes = 4
     written       [ w w w ·
@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 
 from .ir import FLOAT, LANES, LONG, WIDTH, WORD, broadcast, load, loop_phi, multiply_add, pointer, rows_begin
 
-__all__ = ["ROW_BYTES", "TOKENS", "claim", "gather", "multiply", "scatter", "turn2", "turn4"]
+__all__ = ["ROW_BYTES", "TOKENS", "claim", "gather", "multiply", "scatter", "transpose2", "transpose4"]
 
 ROW_BYTES = (2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = 4  # whose sums fit into registers beside each other
@@ -42,14 +42,14 @@ def claim(context, address):
     return types.int64(types.int64), codegen
 
 
-def _emit_walk(builder: ir.IRBuilder, add: bool, size, codes, blocks, bits, step, table, place) -> None:
-    """One loop over blocks of eight codes for each size of a table row, and the switch that picks it."""
+def _emit_walk(builder: ir.IRBuilder, add: bool, size, codes, chunks, bits, step, table, place) -> None:
+    """One loop over chunks of eight codes for each size of a table row, and the switch that picks it."""
     long = functools.partial(ir.Constant, LONG)
     mask = builder.sub(builder.shl(long(1), bits), long(1))
     quarter = builder.shl(bits, long(2))
     second, shift = builder.lshr(quarter, long(3)), builder.and_(quarter, long(7))
     done, some = builder.append_basic_block("done"), builder.append_basic_block("some")
-    builder.cbranch(builder.icmp_signed(">", blocks, long(0)), some, done)
+    builder.cbranch(builder.icmp_signed(">", chunks, long(0)), some, done)
     builder.position_at_end(some)
     switch = builder.switch(size, done)
     for row in ROW_BYTES[add:]:
@@ -57,7 +57,7 @@ def _emit_walk(builder: ir.IRBuilder, add: bool, size, codes, blocks, bits, step
         loop = builder.append_basic_block(f"row{row}")
         switch.add_case(long(row), loop)
         builder.position_at_end(loop)
-        left, where, target = (loop_phi(builder, value, some) for value in (blocks, codes, place))
+        left, where, target = (loop_phi(builder, value, some) for value in (chunks, codes, place))
         to = target
         for half in range(2):
             if half == 0:
@@ -83,8 +83,8 @@ def _emit_walk(builder: ir.IRBuilder, add: bool, size, codes, blocks, bits, step
 
 
 @intrinsic
-def gather(context, size, codes, blocks, bits, step, table, place):
-    """Copies the table rows of 8 · blocks codes to `place` and every `step` bytes from there."""
+def gather(context, size, codes, chunks, bits, step, table, place):
+    """Copies the table rows of 8 · chunks codes to `place` and every `step` bytes from there."""
 
     def codegen(context, builder, signature, args):
         _emit_walk(builder, False, *args)
@@ -94,8 +94,8 @@ def gather(context, size, codes, blocks, bits, step, table, place):
 
 
 @intrinsic
-def scatter(context, size, codes, blocks, bits, step, table, place):
-    """Adds the floats at `place` and every `step` bytes from there to the table rows of 8 · blocks codes."""
+def scatter(context, size, codes, chunks, bits, step, table, place):
+    """Adds the floats at `place` and every `step` bytes from there to the table rows of 8 · chunks codes."""
 
     def codegen(context, builder, signature, args):
         _emit_walk(builder, True, *args)
@@ -104,13 +104,13 @@ def scatter(context, size, codes, blocks, bits, step, table, place):
     return types.void(*[types.int64] * 7), codegen
 
 
-def _turner(size: int):
+def _transposer(size: int):
     """Transposes a matrix of items of `size` bytes, 8 × 8 in registers and what is left at the edges one by one."""
     item = ir.IntType(8 * size)
     kind = ir.VectorType(item, 8)
 
     @intrinsic
-    def turn_block(context, source, step, target, jump):
+    def transpose_square(context, source, step, target, jump):
         def codegen(context, builder, signature, args):
             source, step, target, jump = args
             rows = []
@@ -141,19 +141,19 @@ def _turner(size: int):
         return types.void(types.int64, types.int64), codegen
 
     @njit(nogil=True, error_model="numpy")
-    def turn(source, step, rows, columns, target, jump):
+    def transpose(source, step, rows, columns, target, jump):
         whole_rows, whole_columns = rows & -8, columns & -8
         for c in range(0, whole_columns, 8):
             for r in range(0, whole_rows, 8):
-                turn_block(source + r * step + c * size, step, target + c * jump + r * size, jump)
+                transpose_square(source + r * step + c * size, step, target + c * jump + r * size, jump)
         for c in range(columns):
             for r in range(whole_rows if c < whole_columns else 0, rows):
                 move(source + r * step + c * size, target + c * jump + r * size)
 
-    return turn
+    return transpose
 
 
-turn2, turn4 = _turner(2), _turner(4)
+transpose2, transpose4 = _transposer(2), _transposer(4)
 
 
 def _multiplier(tokens: int):

@@ -1,26 +1,27 @@
-"""The ops on CUDA devices: who serves what.
+"""The CUDA backend: which kernel does what.
 
-    decode          Triton's kernel; the reference's weight, bit for bit.
+    decode          Triton's kernel.
     linear          Few tokens, which is generation: weights are decoded tile by tile and used on the spot, so the
                     packed codes are all that is read. Where the codebook fits into shared memory, CUDA C++ for up to
                     64 tokens (`table.py`); else Triton's kernel for up to `FUSED_TOKENS`, with the weights of
-                    `decode`, bit for bit. The order in which products are added is not cuBLAS's. More tokens, or a
-                    dense residual, which must be read anyway: `decode` into a scratch weight, then the call of the
-                    reference.
+                    `decode`, bit for bit. Products are added in another order than cuBLAS's. More tokens, or a
+                    residual, which must be read anyway: `decode` into a scratch weight, then `F.linear`.
     codebook_grad   Where the codebook fits into shared memory, strips of G = dyᵀ x by cuBLAS, added up by `table.py`.
-                    Else a tile of G at a time goes straight from tensor cores into the table of sums, so that a step
-                    needs no scratch but the table.
+                    Else Triton's kernel adds a tile of G at a time, straight from tensor cores, to the table of sums,
+                    so that a step needs no scratch but the table.
+    effective       An adapter's numbers, in one launch of CUDA C++ (`adapters.py`).
 
-All three are deterministic: what is summed by atomics is summed in integers. With N = in · ⌈out/g⌉ vectors,
+A kernel that cannot be compiled or launched is replaced by the next in this order: CUDA C++, Triton, the reference
+(`failures.py`). The reference also serves fp64, devices older than `OLDEST` or AMD's, and empty tensors.
+
+All are deterministic: what is summed by atomics is summed in integers. With N = in · ⌈out/g⌉ vectors,
 
     |Σ over (i, o) with one code and one place in the group of s_in[i] · s_out[o] · G[o, i]|
         ≤ √N · ‖diag(s_out) G diag(s_in)‖_F ≤ √N · ‖dy diag(s_out)‖_F · ‖x diag(s_in)‖_F = bound
 
-(Cauchy-Schwarz, twice), so 2^61 / bound scales each term to an integer whose sums fit into 64 bits (Triton's; of
-`table.py`'s see `kernels/scatter.cu`). A bound that is
-not finite makes the codebook's gradient NaN or infinite, which loss scaling looks for.
-
-The reference serves fp64, devices older than `OLDEST` or AMD's, empty tensors, and all where Triton does not work.
+(Cauchy-Schwarz, twice), so Triton's kernel scales each term by 2^61 / bound to an integer, and their sums fit into 64
+bits; for the kernel of `table.py` see `kernels/scatter.cu`. A bound that is not finite makes the codebook's gradient
+NaN or infinite, which loss scaling looks for.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
-from ....codes import code_bits, num_groups
+from ...packed_weight import Numbers, PackedWeight
 from .. import reference
 from . import adapters, table, triton_kernels, triton_tuning
+from .failures import attempt
 from .triton_kernels import INTERPRETED, triton
 from .triton_tuning import OLDEST, Device
 
@@ -57,137 +58,110 @@ def available(device: torch.device) -> bool:
     return _device(device).capability >= OLDEST and _works(device)
 
 
-def decode(
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight [out, in] in `dtype`; see `cluscomp_peft.ops.decode` for the arguments."""
-    in_features = codes.shape[0]
-    if not _serves(codes, codebook, (scale_in, scale_out, residual), dtype):
-        return reference.decode(codes, codebook, scale_in, scale_out, residual, out_features, dtype)
-    layout = _Layout(codes, codebook, out_features)
-    plain = scale_in is None and scale_out is None and residual is None
+def decode(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] in `dtype`."""
+    if _serves(weight, dtype):
+        decoded = attempt("decode", _case(weight, dtype), lambda: _decode(_contiguous(weight), dtype))
+        if decoded is not None:
+            return decoded
+    return reference.decode(weight, dtype)
+
+
+def _decode(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    layout = _Layout(weight)
     tile = triton_tuning.decode_tile(layout.padded)
-    grid = (_cdiv(in_features, tile.channels), _cdiv(layout.groups, tile.groups))
-    with torch.cuda.device_of(codes):  # Triton launches on the current device
-        weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    grid = (_cdiv(layout.in_features, tile.channels), _cdiv(layout.groups, tile.groups))
+    with torch.cuda.device_of(weight.codes):  # Triton launches on the current device
+        decoded = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=weight.device)
         triton_kernels.decode[grid](
-            codes.contiguous(), _padded_table(codebook, dtype if plain else None), _contiguous(scale_in),
-            _contiguous(scale_out), residual, weight, in_features, out_features, layout.groups, codes.shape[1],
-            layout.clusters, *_strides(residual), layout.group_size, layout.padded, layout.bits, layout.span,
-            layout.blocks, tile.channels, tile.groups, num_warps=tile.warps,
+            weight.codes, _padded_table(weight.codebook, dtype if weight.is_plain else None), weight.scale_in,
+            weight.scale_out, weight.residual, decoded, layout.in_features, layout.out_features, layout.groups,
+            layout.width, layout.clusters, *_strides(weight.residual), layout.group_size, layout.padded, layout.bits,
+            layout.span, layout.blocks, tile.channels, tile.groups, num_warps=tile.warps,
         )  # fmt: skip
-    return weight
+    return decoded
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`x Wᵀ + bias` in the dtype of x."""
     tokens = math.prod(x.shape[:-1])
-    few = 0 < tokens <= table.MAX_TOKENS and residual is None
-    if few and _serves(codes, codebook, (scale_in, scale_out, bias), x.dtype):
-        flat = x.reshape(tokens, x.shape[-1])
-        y = _few_tokens(flat, codes, codebook, scale_in, scale_out, bias, out_features)
-        if y is not None:
-            return y.view(*x.shape[:-1], out_features)
-    weight = decode(codes, codebook, scale_in, scale_out, residual, out_features, x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    few = 0 < tokens <= table.MAX_TOKENS and weight.residual is None
+    if few and _serves(weight, x.dtype, bias):
+        flat = x.reshape(tokens, x.shape[-1]).contiguous()
+        y = _linear_few(flat, _contiguous(weight), None if bias is None else bias.contiguous())
+        if y is not None:  # that nothing else refers to, so what has x's shape need not be a view
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.out_features))
+    return reference.dense_linear(x, decode(weight, x.dtype), bias)
 
 
-def _few_tokens(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor | None:
-    """y [tokens, out] for x [tokens, in]; None where decoding the weight is less work."""
+def _linear_few(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """y [tokens, out] for x [tokens, in], all contiguous; None where decoding the weight is less work."""
     if not INTERPRETED:
         with torch.cuda.device_of(x):
-            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
-            if (y := table.linear(x.contiguous(), *parts, _contiguous(bias), out_features)) is not None:
+            if (y := table.linear(x, weight, bias)) is not None:
                 return y
     if x.shape[0] > triton_tuning.FUSED_TOKENS:
         return None
-    return _fused_linear(x, codes, codebook, scale_in, scale_out, bias, out_features)
+    return attempt("fused_linear", (_case(weight, x.dtype), len(x) == 1), lambda: _fused_linear(x, weight, bias))
 
 
-def _fused_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
+def _fused_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """y [tokens, out] for x [tokens, in], up to 16 tokens."""
     tokens, in_features = x.shape
-    layout = _Layout(codes, codebook, out_features)
+    layout = _Layout(weight)
     tile = triton_tuning.fused_tile(layout.padded, layout.groups, in_features, tokens, _device(x.device))
     splits = _cdiv(in_features, tile.share)
     # A table of numbers of another width is read in another layout, which adds up in another order; a merged layer
     # must not: so scales always meet fp32, and without them x decides.
-    width = x.dtype if scale_in is None and scale_out is None else torch.float32
-    bias = _contiguous(bias)
+    width = torch.float32 if weight.is_scaled else x.dtype
     with torch.cuda.device_of(x):
-        y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-        partial = y if splits == 1 else torch.empty(splits, tokens, out_features, device=x.device)
+        y = torch.empty(tokens, layout.out_features, dtype=x.dtype, device=x.device)
+        partial = y if splits == 1 else torch.empty(splits, tokens, layout.out_features, device=x.device)
         triton_kernels.fused_linear[_cdiv(layout.groups, tile.groups), splits](
-            x.contiguous(), codes.contiguous(), _padded_table(codebook, width), _contiguous(scale_in),
-            _contiguous(scale_out), bias if splits == 1 else None, partial, tokens, in_features, out_features,
-            layout.groups, codes.shape[1], layout.clusters, tile.share, layout.group_size, layout.padded, layout.bits,
-            layout.span, layout.blocks, tile.channels, tile.groups, tile.tokens, num_warps=tile.warps,
-            num_stages=tile.stages,
+            x, weight.codes, _padded_table(weight.codebook, width), weight.scale_in, weight.scale_out,
+            bias if splits == 1 else None, partial, tokens, in_features, layout.out_features, layout.groups,
+            layout.width, layout.clusters, tile.share, layout.group_size, layout.padded, layout.bits, layout.span,
+            layout.blocks, tile.channels, tile.groups, tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
-            size = tokens * out_features
+            size = tokens * layout.out_features
             triton_kernels.finish[_cdiv(size, _FINISH_BLOCK),](
-                partial, bias, y, size, out_features, splits, _FINISH_BLOCK, num_warps=4
+                partial, bias, y, size, layout.out_features, splits, _FINISH_BLOCK, num_warps=4
             )
     return y
 
 
 def codebook_grad(
-    x: torch.Tensor,
-    grad_output: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of codebook [m, n, g], scale_in [in] and scale_out [out] (empty without scales), fp32 or fp64."""
-    given = (scale_in, scale_out, residual, x, grad_output)
-    if not _serves(codes, codebook, given, torch.float32) or x.numel() == 0 or grad_output.numel() == 0:
-        # Backward may run inside the user's autocast region; the fp32 sums must stay fp32.
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.codebook_grad(x, grad_output, codes, codebook, scale_in, scale_out, residual)
-    if x.dtype != grad_output.dtype:
-        x, grad_output = x.float(), grad_output.float()
-    if residual is None and not INTERPRETED:
-        with torch.cuda.device_of(x):
-            parts = (codes.contiguous(), codebook.contiguous(), _contiguous(scale_in), _contiguous(scale_out))
-            grads = table.codebook_grad(x.contiguous(), grad_output.contiguous(), *parts)
+    if x.numel() > 0 and grad_output.numel() > 0 and _serves(weight, torch.float32, x, grad_output):
+        grads = _codebook_grad(x, grad_output, _contiguous(weight))
         if grads is not None:
             return grads
-    (tokens, in_features), out_features, device = x.shape, grad_output.shape[1], x.device
-    layout = _Layout(codes, codebook, out_features)
+    return reference.codebook_grad(x, grad_output, weight)
+
+
+def _codebook_grad(
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """By the first kernel that takes the case and works; None if there is none."""
+    if x.dtype != grad_output.dtype:
+        x, grad_output = x.float(), grad_output.float()
+    x, grad_output = x.contiguous(), grad_output.contiguous()
+    if weight.residual is None and not INTERPRETED:
+        with torch.cuda.device_of(x):
+            if (grads := table.codebook_grad(x, grad_output, weight)) is not None:
+                return grads
+    return attempt("segment_grad", _case(weight, x.dtype), lambda: _segment_grad(x, grad_output, weight))
+
+
+def _segment_grad(
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, codebook, out_features, scale_in, scale_out, residual = weight
+    (tokens, in_features), device = x.shape, x.device
+    layout = _Layout(weight)
     tile = triton_tuning.grad_tile(tokens, in_features, out_features, x.element_size(), _device(device))
     grid = (_cdiv(in_features, tile.channels), _cdiv(out_features, tile.outputs), _cdiv(tokens, tile.share))
     entries = codebook.numel()
@@ -198,9 +172,8 @@ def codebook_grad(
         sums_in = torch.empty(0 if scale_in is None else 2 * grid[1] * grid[2], in_features, device=device)
         sums_out = torch.empty(0 if scale_out is None else grid[0] * grid[2], out_features, device=device)
         triton_kernels.segment_grad[grid](
-            x.contiguous(), grad_output.contiguous(), codes.contiguous(), codebook.contiguous(),
-            _contiguous(scale_in), _contiguous(scale_out), residual, quantum, sums, sums_in, sums_out,
-            tokens, in_features, out_features, codes.shape[1], layout.clusters, *_strides(residual), entries, copies,
+            x, grad_output, codes, codebook, scale_in, scale_out, residual, quantum, sums, sums_in, sums_out,
+            tokens, in_features, out_features, layout.width, layout.clusters, *_strides(residual), entries, copies,
             tile.share, layout.group_size, layout.bits, layout.span, layout.blocks,
             tile.channels, tile.outputs, tile.tokens, _PRECISION, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -210,27 +183,30 @@ def codebook_grad(
     return grad_codebook, grad_in, grad_out
 
 
-def effective(codebook: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
-    """As `adapters.effective`, where its kernels run."""
-    if INTERPRETED or not available(codebook.device):
-        return None
-    with torch.cuda.device_of(codebook):
-        return adapters.effective(codebook, *others)  # type: ignore[arg-type]
+def effective(weight: PackedWeight, numbers: Numbers) -> PackedWeight:
+    """As `reference.effective`, in one launch where `adapters` takes the case."""
+    if not INTERPRETED and available(weight.device):
+        with torch.cuda.device_of(weight.codes):
+            if (found := adapters.effective(weight, numbers)) is not None:
+                return found
+    return reference.effective(weight, numbers)
 
 
 def effective_backward(
     grads: Sequence[torch.Tensor],
-    codebook_dtype: torch.dtype,
     scale_in: torch.Tensor | None,
     scale_out: torch.Tensor | None,
     units: torch.Tensor,
-    trained: tuple[bool, bool],
-) -> bool:
-    """As `adapters.effective_backward`, where its kernels run."""
-    if INTERPRETED or not available(units.device):
-        return False
-    with torch.cuda.device_of(units):
-        return adapters.effective_backward(grads, codebook_dtype, scale_in, scale_out, units, trained)
+    dtypes: Sequence[torch.dtype | None],
+    codebook_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As `reference.effective_backward`, in one launch and in place where `adapters` takes the case."""
+    given = (grads, scale_in, scale_out, units, dtypes, codebook_dtype)
+    if not INTERPRETED and available(units.device):
+        with torch.cuda.device_of(units):
+            if (found := adapters.effective_backward(*given)) is not None:
+                return found
+    return reference.effective_backward(*given)
 
 
 # Three tensor-core products of TF32 halves for a product of fp32 numbers: 21 bits of each instead of 24, and several
@@ -254,12 +230,12 @@ def _quantum(
 
 
 class _Layout:
-    """Numbers that every kernel asks for."""
+    """The sizes of a weight that every kernel asks for."""
 
-    def __init__(self, codes: torch.Tensor, codebook: torch.Tensor, out_features: int) -> None:
-        self.blocks, self.clusters, self.group_size = codebook.shape
-        self.groups = num_groups(out_features, self.group_size)
-        self.bits = code_bits(self.clusters)
+    def __init__(self, weight: PackedWeight) -> None:
+        self.blocks, self.clusters, self.group_size = weight.codebook.shape
+        self.in_features, self.width = weight.codes.shape
+        self.out_features, self.groups, self.bits = weight.out_features, weight.num_groups, weight.code_bits
         # Bytes that a code can touch: it starts at any multiple of bits modulo 8.
         self.span = max((k * self.bits % 8 + self.bits + 7) // 8 for k in range(8))
         self.padded = _padded(self.group_size)
@@ -281,17 +257,31 @@ def _padded_table(codebook: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     return table
 
 
-def _serves(
-    codes: torch.Tensor, codebook: torch.Tensor, others: Iterable[torch.Tensor | None], dtype: torch.dtype
-) -> bool:
-    """Whether the kernels take this: see the module docstring."""
-    dtypes = {dtype, codebook.dtype, *(other.dtype for other in others if other is not None)}
+def _serves(weight: PackedWeight, dtype: torch.dtype, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels take a weight and these tensors, for a result in `dtype`: see the module docstring."""
+    codes, codebook, _, scale_in, scale_out, residual = weight
+    given = (codebook, scale_in, scale_out, residual, *others)
+    if dtype not in _DTYPES or any(tensor is not None and tensor.dtype not in _DTYPES for tensor in given):
+        return False
     entries = codebook.shape[0] * codebook.shape[1] * _padded(codebook.shape[2])
-    return dtypes.issubset(_DTYPES) and 0 < entries < _LARGEST and codes.numel() > 0 and available(codes.device)
+    return 0 < entries < _LARGEST and codes.numel() > 0 and available(codes.device)
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _case(weight: PackedWeight, dtype: torch.dtype) -> tuple:
+    """What Triton compiles a kernel for, more or less."""
+    codes, codebook, _, scale_in, scale_out, residual = weight
+    present = (scale_in is not None, scale_out is not None, residual is not None)
+    return codes.device, dtype, codebook.dtype, codebook.shape, present
+
+
+def _contiguous(weight: PackedWeight) -> PackedWeight:
+    """With all contiguous but the residual, of which kernels take the strides."""
+    codes, codebook, out_features, scale_in, scale_out, residual = weight
+    if scale_in is not None:
+        scale_in = scale_in.contiguous()
+    if scale_out is not None:
+        scale_out = scale_out.contiguous()
+    return PackedWeight(codes.contiguous(), codebook.contiguous(), out_features, scale_in, scale_out, residual)
 
 
 def _strides(residual: torch.Tensor | None) -> tuple[int, int]:

@@ -1,15 +1,24 @@
-"""What a layer with an adapter computes with on CUDA, and the way back, each in one launch: `kernels/effective.cu`."""
+"""An adapter's numbers are added to codebook and scales, and their gradients made, in one launch each.
+
+See `reference.effective` for the formula and `kernels/effective.cu` for the kernels.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from ...packed_weight import Numbers, PackedWeight
 from . import nvrtc
-from .plans import DTYPES, arguments, function, planned, pointer
+from .failures import attempt
+from .plans import DTYPES, arguments, function, pointer
 
 __all__ = ["effective", "effective_backward"]
+
+_Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 _EFFECTIVE = arguments(
     "codebook scale_in scale_out numbers numbers_in numbers_out units result result_in result_out",
@@ -18,68 +27,79 @@ _EFFECTIVE = arguments(
 _EFFECTIVE_BACKWARD = arguments("grad grad_in grad_out scale_in scale_out units", "size inputs outputs")
 
 
-def effective(
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    numbers: torch.Tensor,
-    numbers_in: torch.Tensor | None,
-    numbers_out: torch.Tensor | None,
-    units: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-    """Codebook and scales with an adapter, as `direct.py` says, in one launch."""
-    if not _alike(torch.float32, numbers, numbers_in, numbers_out, units) or not _alike(
-        codebook.dtype, codebook, scale_in, scale_out
-    ):
+def effective(weight: PackedWeight, numbers: Numbers) -> PackedWeight | None:
+    """As `reference.effective`, on the current device; None if the kernel does not take the case."""
+    codebook, scale_in, scale_out = weight.codebook, weight.scale_in, weight.scale_out
+    if not _alike(torch.float32, *numbers) or not _alike(codebook.dtype, codebook, scale_in, scale_out):
         return None
-    plan = planned(_plan_effective, codebook.device.index, codebook.dtype)
-    if plan is None:
-        return None
+    return attempt("effective", (codebook.device, codebook.dtype), lambda: _effective(weight, numbers))
+
+
+def _effective(weight: PackedWeight, numbers: Numbers) -> PackedWeight | None:
+    codes, codebook, out_features, scale_in, scale_out, _ = weight
+    plan = _plan(codebook.device.index, codebook.dtype)
     present, clusters, group_size = codebook.shape
-    size, block = numbers.numel(), clusters * group_size
+    size, block = numbers.codebook.numel(), clusters * group_size
     result = codebook.new_empty(size // block, clusters, group_size)
-    results = [scale if change is None else torch.empty_like(change, dtype=codebook.dtype)
-               for scale, change in ((scale_in, numbers_in), (scale_out, numbers_out))]  # fmt: skip
-    inputs, outputs = (0 if part is None else len(part) for part in (numbers_in, numbers_out))
-    plan[0](
+    result_in, result_out = (
+        scale if change is None else torch.empty_like(change, dtype=codebook.dtype)
+        for scale, change in ((scale_in, numbers.scale_in), (scale_out, numbers.scale_out))
+    )
+    inputs, outputs = (0 if part is None else len(part) for part in (numbers.scale_in, numbers.scale_out))
+    plan.forward(
         (-(-(size + inputs + outputs) // 256), 1), 256, 0,
-        codebook.data_ptr(), pointer(scale_in), pointer(scale_out), numbers.data_ptr(), pointer(numbers_in),
-        pointer(numbers_out), units.data_ptr(), result.data_ptr(), pointer(results[0]), pointer(results[1]),
+        codebook.data_ptr(), pointer(scale_in), pointer(scale_out), *(pointer(part) for part in numbers),
+        result.data_ptr(), pointer(result_in), pointer(result_out),
         size, block, size // block // present, inputs, outputs,
     )  # fmt: skip
-    return result, results[0], results[1]
+    return PackedWeight(codes, result, out_features, result_in, result_out)
 
 
 def effective_backward(
     grads: Sequence[torch.Tensor],
-    codebook_dtype: torch.dtype,
     scale_in: torch.Tensor | None,
     scale_out: torch.Tensor | None,
     units: torch.Tensor,
-    trained: tuple[bool, bool],
-) -> bool:
-    """Turns gradients of the sum into those of the numbers, in place; False if nothing was done.
+    dtypes: Sequence[torch.dtype | None],
+    codebook_dtype: torch.dtype,
+) -> _Found | None:
+    """As `reference.effective_backward`, on the current device and in place; None, with nothing written, if the kernel
+    does not take the case."""
+    numbers_alike = set(dtypes) <= {torch.float32, None} and _alike(torch.float32, *grads, units)
+    if not numbers_alike or not _alike(codebook_dtype, scale_in, scale_out):
+        return None
+    case = (units.device, codebook_dtype)
+    return attempt("effective_backward", case, lambda: _backward(grads, scale_in, scale_out, units, dtypes, case[1]))
 
-    `trained`: whether there are numbers for the scales of inputs, of outputs.
-    """
-    if not _alike(torch.float32, *grads, units) or not _alike(codebook_dtype, scale_in, scale_out):
-        return False
-    plan = planned(_plan_effective, units.device.index, codebook_dtype)
-    if plan is None:
-        return False
+
+def _backward(
+    grads: Sequence[torch.Tensor],
+    scale_in: torch.Tensor | None,
+    scale_out: torch.Tensor | None,
+    units: torch.Tensor,
+    dtypes: Sequence[torch.dtype | None],
+    codebook_dtype: torch.dtype,
+) -> _Found:
+    plan = _plan(units.device.index, codebook_dtype)
     size = grads[0].numel()
-    inputs, outputs = (len(grad) if wanted else 0 for grad, wanted in zip(grads[1:], trained, strict=True))
-    plan[1](
+    inputs, outputs = (0 if dtype is None else len(grad) for grad, dtype in zip(grads[1:], dtypes[1:], strict=True))
+    plan.backward(
         (-(-(size + inputs + outputs) // 256), 1), 256, 0,
         *(grad.data_ptr() for grad in grads), pointer(scale_in), pointer(scale_out), units.data_ptr(),
         size, inputs, outputs,
     )  # fmt: skip
-    return True
+    return grads[0], *(None if dtype is None else grad for grad, dtype in zip(grads[1:], dtypes[1:], strict=True))  # type: ignore[return-value]
 
 
-def _plan_effective(device: int, dtype: torch.dtype) -> tuple[nvrtc.Function, nvrtc.Function]:
+class _Plan(NamedTuple):
+    forward: nvrtc.Function
+    backward: nvrtc.Function
+
+
+@functools.cache
+def _plan(device: int, dtype: torch.dtype) -> _Plan:
     macros = {"DTYPE": DTYPES[dtype]}
-    return (
+    return _Plan(
         function("effective", "effective", macros, _EFFECTIVE, device, 0),
         function("effective", "effective_backward", macros, _EFFECTIVE_BACKWARD, device, 0),
     )

@@ -19,15 +19,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Function", "TransientError", "compile_source", "launch_fields"]
+from .failures import TransientError
+
+__all__ = ["Function", "compile_source", "launch_fields"]
 
 _INVALID_CONTEXT = 201
 _TRANSIENT = (2, *range(900, 910))  # out of memory; what a capture into a graph does not allow
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-
-
-class TransientError(RuntimeError):
-    """Something that the driver refuses now and may do another time."""
 
 
 def compile_source(source: str, macros: dict[str, int], capability: tuple[int, int]) -> bytes:

@@ -1,14 +1,13 @@
 """Which kernels of `kernels/*.cu` serve a case, with what tiles, and in how many parts.
 
 Everything follows from shapes, dtypes and the device, as in `triton_tuning.py`: a case always adds up in one order.
-A plan is made once and remembered, with its compiled kernels. What cannot be compiled or does not fit has none.
+A plan is made once and remembered, with its compiled kernels; None where the kernels do not take the case.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ....codes import code_bits, num_groups
+from ...packed_weight import PackedWeight
 from . import nvrtc
 
 __all__ = [
@@ -67,42 +67,61 @@ _SCATTER = arguments(
 
 
 class Case(NamedTuple):
-    """What the choice of a kernel depends on. `scales`: of inputs, of outputs."""
+    """What the choice of a kernel depends on.
+
+    Args:
+        device (`int`): Index of the CUDA device.
+        dtype (`torch.dtype`): Of x.
+        scales: Whether there are scales of the inputs, of the outputs.
+        aligned (`bool`): Whether rows of codes begin at multiples of 16 bytes.
+    """
 
     device: int
     dtype: torch.dtype
     in_features: int
     out_features: int
-    blocks: int
-    clusters: int
+    num_blocks: int
+    num_clusters: int
     group_size: int
     codebook_dtype: torch.dtype
     scales: tuple[bool, bool]
     aligned: bool
 
-    @property
-    def bits(self) -> int:
-        return code_bits(self.clusters)
+    @classmethod
+    def of(cls, weight: PackedWeight, dtype: torch.dtype) -> Case:
+        """For a weight on a CUDA device and x in `dtype`."""
+        codes, codebook, out_features, scale_in, scale_out, _ = weight
+        aligned = codes.shape[1] % 16 == 0 and codes.data_ptr() % 16 == 0
+        scales = (scale_in is not None, scale_out is not None)
+        blocks, clusters, group_size = codebook.shape
+        return cls(
+            codes.device.index, dtype, codes.shape[0], out_features, blocks, clusters, group_size, codebook.dtype,
+            scales, aligned,
+        )  # fmt: skip
 
     @property
-    def groups(self) -> int:
+    def code_bits(self) -> int:
+        return code_bits(self.num_clusters)
+
+    @property
+    def num_groups(self) -> int:
         return num_groups(self.out_features, self.group_size)
 
     @property
     def channels(self) -> int:
-        """Of a codebook, at most."""
-        return -(-self.in_features // self.blocks)
+        """Input channels that share a codebook, at most."""
+        return -(-self.in_features // self.num_blocks)
 
     def table(self, kind: torch.dtype, copies: int, codes_per_lane: int) -> dict[str, int]:
         """The macros of table.cuh."""
         return {
             "G": self.group_size,
-            "B": self.bits,
+            "B": self.code_bits,
             "TABLE": DTYPES[kind],
             "COPIES": copies,
-            "CLAMP": int(self.clusters < 2**self.bits),
+            "CLAMP": int(self.num_clusters < 2**self.code_bits),
             "CPL": codes_per_lane,
-            "ALIGNED": int(self.aligned and codes_per_lane * self.bits % 32 == 0),
+            "ALIGNED": int(self.aligned and codes_per_lane * self.code_bits % 32 == 0),
         }
 
 
@@ -117,38 +136,59 @@ class LinearPlan(NamedTuple):
     shared: int
 
 
+class _Shared(NamedTuple):
+    """Bytes of shared memory of `table_linear`, for `per_lane` codes of a lane: see linear.cu."""
+
+    per_lane: int
+    stages: int
+    copies: int
+    total: int
+
+
 def plan_linear(case: Case, tokens: int) -> LinearPlan | None:
-    group_size, wide = case.group_size, 1 << (-(-tokens // 8) - 1).bit_length()
-    each = [k for k in (8, 4, 2) if 2 * k * group_size * wide <= (_ACCUMULATORS if k > 2 else _ACCUMULATORS * 4 // 3)]
-    words = -(-group_size // 2)
-    if not each or words > _MAX_WORDS:
+    """The plan for x [tokens, in]; None if the table does not fit beside the sums, however small these are made."""
+    wide = 1 << (-(-tokens // 8) - 1).bit_length()
+    shared = _share_memory(case, tokens, wide)
+    if shared is None:
         return None
-    per_lane, scaled = each[0], case.scales[0]
-    macros = case.table(case.dtype, 1, per_lane)
-    unit = WARPS * 16
-    pieces = -(-per_lane * case.bits // 16) if macros["ALIGNED"] else (per_lane * case.bits + 30) // 16
-    stage = 4 * WARPS * (16 * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * 12 + 16 * scaled)
-    sums = 4 * WARPS * min(tokens, 8) * (per_lane * group_size * 8 + 4)
-    room = _shared_memory(case.device) - sums - 16
-    for stages in range(_STAGES, 1, -1):  # a large table leaves room for fewer
-        copies = _copies(words, case, room - stages * stage)
-        if copies:
-            break
-    else:
-        return None
-    shared = -(-_table_bytes(words, case.clusters, copies) // 16) * 16 + stages * stage + sums
-    macros |= {
-        "COPIES": copies, "NT": wide, "WK": WARPS, "STAGES": stages, "SCALED": int(scaled), "ONE": int(tokens == 1)
-    }  # fmt: skip
+    per_lane, unit = shared.per_lane, WARPS * 16
+    macros = case.table(case.dtype, shared.copies, per_lane) | {
+        "NT": wide,
+        "WK": WARPS,
+        "STAGES": shared.stages,
+        "SCALED": int(case.scales[0]),
+        "ONE": int(tokens == 1),
+    }
     multiply = function("linear", "table_linear", macros, _LINEAR, case.device, _shared_memory(case.device))
     finish = function("linear", "finish", macros, _FINISH, case.device, 0)
-    tiles, units = -(-case.groups // (8 * per_lane)), -(-case.channels // unit)
-    total = case.blocks * tiles * units
-    parts = min(total, _processors(case.device) * min(2, multiply.occupancy(32 * WARPS, shared)))
-    if max(total * (parts + 1), case.in_features * case.groups * case.bits // 8) >= _MOST_UNITS - (1 << 20):
+    tiles, units = -(-case.num_groups // (8 * per_lane)), -(-case.channels // unit)
+    total = case.num_blocks * tiles * units
+    parts = min(total, _processors(case.device) * min(2, multiply.occupancy(32 * WARPS, shared.total)))
+    if max(total * (parts + 1), case.in_features * case.num_groups * case.code_bits // 8) >= _MOST_UNITS - (1 << 20):
         return None
-    outputs = 8 * per_lane * group_size
-    return LinearPlan(multiply, finish, tiles, units, parts, parts + case.blocks * tiles, outputs, shared)
+    outputs = 8 * per_lane * case.group_size
+    return LinearPlan(multiply, finish, tiles, units, parts, parts + case.num_blocks * tiles, outputs, shared.total)
+
+
+def _share_memory(case: Case, tokens: int, wide: int) -> _Shared | None:
+    """The most codes for a lane whose sums fit into registers, and the most stages that fit into shared memory beside
+    the table; fewer codes where no two stages fit. None if nothing fits."""
+    words = -(-case.group_size // 2)
+    if words > _MAX_WORDS:
+        return None
+    for per_lane in (8, 4, 2):
+        if 2 * per_lane * case.group_size * wide > (_ACCUMULATORS if per_lane > 2 else _ACCUMULATORS * 4 // 3):
+            continue
+        aligned = case.table(case.dtype, 1, per_lane)["ALIGNED"]
+        pieces = -(-per_lane * case.code_bits // 16) if aligned else (per_lane * case.code_bits + 30) // 16
+        stage = 4 * WARPS * (16 * (4 * pieces + (0 if pieces % 2 else 4)) + tokens * 12 + 16 * case.scales[0])
+        sums = 4 * WARPS * min(tokens, 8) * (per_lane * case.group_size * 8 + 4)
+        room = _shared_memory(case.device) - sums - 16
+        for stages in range(_STAGES, 1, -1):
+            if copies := _copies(words, case, room - stages * stage):
+                table = -(-_table_bytes(words, case.num_clusters, copies) // 16) * 16
+                return _Shared(per_lane, stages, copies, table + stages * stage + sums)
+    return None
 
 
 class Strip(NamedTuple):
@@ -180,21 +220,21 @@ def plan_scatter(case: Case) -> ScatterPlan | None:
         return None
     scaled = any(case.scales)
     entry = 4 * case.group_size
-    table = _table_bytes(case.group_size, case.clusters, 1) if scaled else 0
-    shared = -(-(_SCRATCH + case.clusters * entry) // 16) * 16 + table
+    table = _table_bytes(case.group_size, case.num_clusters, 1) if scaled else 0
+    shared = -(-(_SCRATCH + case.num_clusters * entry) // 16) * 16 + table
     if shared > _shared_memory(case.device):
         return None
-    threads = 1024 if case.groups > 768 else 512 if case.groups > 256 else 256
-    columns = -(-case.groups // threads)
+    threads = 1024 if case.num_groups > 768 else 512 if case.num_groups > 256 else 256
+    columns = -(-case.num_groups // threads)
     macros = case.table(torch.float32, 1, 1) | {"ALIGNED": 0, "THREADS": threads, "SCALED": int(scaled)}
     scatter = function("scatter", "scatter", macros, _SCATTER, case.device, _shared_memory(case.device))
     room = _processors(case.device) * min(2048 // threads, scatter.occupancy(threads, shared))
     most = max(1, _STRIP_BYTES // (4 * case.out_features))
-    starts = [-(-block * case.in_features // case.blocks) for block in range(case.blocks + 1)]
-    together = max(1, min(case.blocks, most // case.channels))
+    starts = [-(-block * case.in_features // case.num_blocks) for block in range(case.num_blocks + 1)]
+    together = max(1, min(case.num_blocks, most // case.channels))
     strips = []
-    for block in range(0, case.blocks, together):
-        count = min(together, case.blocks - block)
+    for block in range(0, case.num_blocks, together):
+        count = min(together, case.num_blocks - block)
         start, stop = starts[block], starts[block + count]
         size = stop - start
         if case.channels > most:  # a codebook at a time, in parts that differ little
@@ -212,9 +252,9 @@ def plan_scatter(case: Case) -> ScatterPlan | None:
 def _copies(words: int, case: Case, room: int) -> int:
     """Copies of a table of `words` words an entry; 0 if it does not fit into `room` bytes at all."""
     together = 32 if words == 1 else 16 if words <= 3 else 8  # lanes that shared memory serves at once
-    room = min(room, max(_table_bytes(words, case.clusters, 1), _COPIES_BYTES if case.blocks == 1 else 0))
+    room = min(room, max(_table_bytes(words, case.num_clusters, 1), _COPIES_BYTES if case.num_blocks == 1 else 0))
     copies = together
-    while copies and _table_bytes(words, case.clusters, copies) > room:
+    while copies and _table_bytes(words, case.num_clusters, copies) > room:
         copies //= 2
     return copies
 
@@ -225,33 +265,11 @@ def _table_bytes(words: int, clusters: int, copies: int) -> int:
     return 4 * stride * clusters * copies
 
 
-_failed: set[tuple] = set()
-
-
-def planned(planner: Callable[..., _Plan | None], *key: Any) -> _Plan | None:
-    """The plan of a case, remembered; None if it has none or cannot be compiled, which is said once."""
-    try:
-        return _remembered(planner, key)
-    except Exception as error:
-        # Memory may be free another time, and outside of a capture loading works.
-        if not isinstance(error, nvrtc.TransientError):
-            _failed.add((planner, key))
-            _remembered.cache_clear()
-        _warn(str(error))
-        return None
-
-
 @functools.lru_cache(maxsize=4096)
-def _remembered(planner: Callable[..., _Plan | None], key: tuple) -> _Plan | None:
-    return None if (planner, key) in _failed else planner(*key)
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"the CUDA kernels for small codebooks cannot be had ({reason:.300}); Triton's serve instead, slower.",
-        stacklevel=2,
-    )
+def planned(planner: Callable[..., _Plan | None], *key: Any) -> _Plan | None:
+    """The plan that `planner(*key)` makes, remembered; None if the kernels do not take the case. What it raises is not
+    remembered."""
+    return planner(*key)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """CUDA C++ kernels for codebooks that fit into a multiprocessor's shared memory: `kernels/linear.cu`, `scatter.cu`.
 
 A gather from shared memory takes a fraction of one through L1, and few tokens are multiplied by tensor cores while
-the weights are in registers. Each function says by None that it does not take a case; the package then asks Triton's.
+the weights are in registers. A function returns None for a case that it does not take; Triton's kernels do then.
 
     linear          Up to 64 tokens in bf16 or fp16. Scales of the inputs are multiplied into x, which is rounded
                     again, and those of the outputs into the sums; so few tokens of a scaled matrix see weights that
@@ -19,27 +19,28 @@ from __future__ import annotations
 
 import torch
 
+from ...packed_weight import PackedWeight
+from .failures import attempt
 from .plans import DTYPES, MAX_TOKENS, WARPS, Case, kind, plan_linear, plan_scatter, planned, pointer
 
 __all__ = ["MAX_TOKENS", "codebook_grad", "linear"]
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor | None:
-    """y [tokens, out] for x [tokens, in], both contiguous; the arguments of `cluscomp_peft.ops.linear`."""
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """y [tokens, out] for x [tokens, in], all contiguous and on the current device, without a residual; None if the
+    kernels do not take the case."""
     tokens = x.shape[0]
     if tokens > MAX_TOKENS or x.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if x.dtype == torch.float16 and scale_in is not None:  # x times a scale may leave fp16's range
+    if x.dtype == torch.float16 and weight.scale_in is not None:  # x times a scale may leave fp16's range
         return None
-    case = _case(x.dtype, codes, codebook, scale_in, scale_out, out_features)
+    case = Case.of(weight, x.dtype)
+    return attempt("table_linear", (case, tokens), lambda: _linear(x, weight, bias, case))
+
+
+def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, case: Case) -> torch.Tensor | None:
+    codes, codebook, out_features, scale_in, scale_out, _ = weight
+    tokens = x.shape[0]
     plan = planned(plan_linear, case, tokens)
     if plan is None:
         return None
@@ -49,39 +50,42 @@ def linear(
     plan.multiply(
         (plan.parts, 1), 32 * WARPS, plan.shared,
         x.data_ptr(), codes.data_ptr(), codebook.data_ptr(), pointer(scale_in), at,
-        tokens, case.in_features, codes.shape[1], case.clusters, case.blocks, plan.tiles, plan.units,
+        tokens, case.in_features, codes.shape[1], case.num_clusters, case.num_blocks, plan.tiles, plan.units,
         DTYPES[codebook.dtype], kind(scale_in),
     )  # fmt: skip
     plan.finish(
         (-(-tokens * out_features // 256), 1), 256, 0,
         at, pointer(scale_out), pointer(bias), y.data_ptr(),
-        tokens, out_features, case.blocks, plan.tiles, plan.units, plan.parts, kind(scale_out), kind(bias),
+        tokens, out_features, case.num_blocks, plan.tiles, plan.units, plan.parts, kind(scale_out), kind(bias),
     )  # fmt: skip
     return y
 
 
 def codebook_grad(
-    x: torch.Tensor,
-    grad_output: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Gradients as `cluscomp_peft.ops.codebook_grad` gives them, for x and grad_output of one dtype."""
-    case = _case(x.dtype, codes, codebook, scale_in, scale_out, grad_output.shape[1])
+    """Gradients of codebook and scales for x and grad_output of one dtype, all contiguous and on the current device,
+    without a residual; None if the kernels do not take the case."""
+    case = Case.of(weight, x.dtype)
+    return attempt("scatter", case, lambda: _codebook_grad(x, grad_output, weight, case))
+
+
+def _codebook_grad(
+    x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight, case: Case
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    codes, codebook, _, scale_in, scale_out, _ = weight
     plan = planned(plan_scatter, case)
     if plan is None:
         return None
     device, out_features, columns, threads = x.device, case.out_features, plan.columns, plan.threads
     lanes = columns * threads // 32 if scale_in is not None else 0
     sums_in = torch.empty(case.in_features, lanes, device=device)
-    total = torch.empty(case.blocks, case.group_size, case.clusters, device=device)
+    total = torch.empty(case.num_blocks, case.group_size, case.num_clusters, device=device)
     total_out = torch.zeros(out_features if scale_out is not None else 0, device=device)
     for strip in plan.strips:
         gradient = _product(x[:, strip.row : strip.row + strip.rows].t(), grad_output)
         if not strip.add:
-            shape = (strip.blocks, strip.pieces * columns, case.group_size, case.clusters)
+            shape = (strip.blocks, strip.pieces * columns, case.group_size, case.num_clusters)
             partial = torch.empty(shape, device=device)
             sums_out = torch.empty(strip.blocks * strip.pieces, len(total_out), device=device)
         plan.scatter(
@@ -89,8 +93,8 @@ def codebook_grad(
             gradient.data_ptr(), codes.data_ptr(), codebook.data_ptr(), pointer(scale_in), pointer(scale_out),
             partial.data_ptr(), sums_in.data_ptr(), sums_out.data_ptr(),
             strip.row, strip.rows, strip.share, strip.pieces, strip.block, case.in_features,
-            out_features, case.groups, codes.shape[1], case.clusters, DTYPES[codebook.dtype], kind(scale_in),
-            kind(scale_out), case.blocks, strip.add,
+            out_features, case.num_groups, codes.shape[1], case.num_clusters, DTYPES[codebook.dtype], kind(scale_in),
+            kind(scale_out), case.num_blocks, strip.add,
         )  # fmt: skip
         if strip.last:
             torch.sum(partial, 1, out=total[strip.block : strip.block + strip.blocks])
@@ -106,19 +110,3 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if left.dtype == torch.float32:
             return left @ right
         return torch.mm(left, right, out_dtype=torch.float32)
-
-
-def _case(
-    dtype: torch.dtype,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale_in: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    out_features: int,
-) -> Case:
-    blocks, clusters, group_size = codebook.shape
-    aligned = codes.shape[1] % 16 == 0 and codes.data_ptr() % 16 == 0
-    return Case(
-        codes.device.index, dtype, codes.shape[0], out_features, blocks, clusters, group_size, codebook.dtype,
-        (scale_in is not None, scale_out is not None), aligned,
-    )  # fmt: skip

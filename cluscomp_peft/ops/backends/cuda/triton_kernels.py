@@ -31,6 +31,7 @@ The gather and the scatter go through L1 and L2, which hold the tables: Triton g
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 triton: Any = None
@@ -40,6 +41,12 @@ try:
     import triton.language as tl  # type: ignore[no-redef]
 except ImportError:  # `cuda.available` says so
     pass
+except Exception as error:
+    warnings.warn(
+        f"Triton cannot be imported ({error!r:.300}); clustered layers run on plain torch on GPUs, much slower. "
+        "Install the Triton that this version of torch asks for.",
+        stacklevel=2,
+    )
 
 __all__ = ["INTERPRETED", "decode", "finish", "fused_linear", "segment_grad", "triton"]
 
