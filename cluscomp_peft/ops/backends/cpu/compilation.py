@@ -1,9 +1,7 @@
 """Whether there are compiled kernels, and the way back to the reference where there are not.
 
-@with_kernels                     calls `decode` once more if a kernel could not be compiled;
-def decode(weight, dtype):        `compiled()` is None then
-    kernels = compiled()
-    if kernels is None: …         the reference's work
+A function under `with_kernels` asks `compiled()` for the kernels, and leaves the work to the reference where that gives
+None. If a kernel cannot be compiled half-way, the function is called once more, and gets None then.
 """
 
 from __future__ import annotations
