@@ -65,15 +65,15 @@ class DeltaWeights(nn.Module):
         return in_absolute_units(self.numbers(units), self._shape[1])
 
     def numbers(self, units: torch.Tensor) -> Numbers:
-        """The numbers as they are, which only what no hook brings and takes away may be asked for."""
+        """The numbers as they are. No call of the module, so not for one whose numbers a hook has to fetch."""
         return Numbers(self.codebook, self.scale_in, self.scale_out, units)
 
 
 class DeltaUnits(nn.Module):
     """What one unit of an adapter's numbers in one layer stands for: `values` [2], of its codebook and of its scales.
 
-    Frozen, fp32, powers of two, which any floating dtype holds. A module of its own beside [`DeltaWeights`], whose
-    parameters PEFT trains; called, as that is, because offloading and ZeRO-3 fetch parameters by hooks.
+    Frozen, fp32, powers of two, which any floating dtype holds. A module of its own, because PEFT trains every
+    parameter of [`DeltaWeights`]; it too is called, because offloading and ZeRO-3 fetch parameters by hooks on calls.
     """
 
     weighs_nothing = True  # it stands for no weights: `count_parameters` passes over it
@@ -190,7 +190,7 @@ class ClusCompLayer(LoadingLayer):
         self._units_seen.pop(adapter_name, None)
 
     def units_of(self, adapter_name: str, values: torch.Tensor | None = None) -> tuple[float, float]:
-        """What one unit of an adapter's codebook stands for, and of its scales; under FSDP2 all processes call this.
+        """What one unit of an adapter's codebook stands for, and of its scales; a collective under FSDP2.
 
         Args:
             adapter_name (`str`): Of an adapter of this layer.
@@ -206,7 +206,7 @@ class ClusCompLayer(LoadingLayer):
         return self._units_seen[adapter_name]
 
     def training_units(self, adapter_name: str, rms: float) -> tuple[float, float]:
-        """The units that suit an optimiser where what they are relative to has this root mean square."""
+        """The units that suit an optimiser on a base of this root mean square (see [`base_rms`])."""
         scale = self._delta_scales[adapter_name]
         return _power_of_two(rms * scale), _power_of_two(_SCALE_SHARE * scale)
 
@@ -218,7 +218,7 @@ class ClusCompLayer(LoadingLayer):
         self._units_seen[adapter_name] = units
 
     def deltas(self, adapter_names: list[str]) -> list[Delta]:
-        """The deltas of those of the adapters that this layer has, in absolute units, differentiable."""
+        """The deltas of the adapters that this layer has among these, in absolute units, differentiable."""
         found = []
         for name in adapter_names:
             if name not in self.cluscomp_delta:
@@ -293,8 +293,8 @@ class ClusCompLayer(LoadingLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """For model code that asks for a weight's dtype or device. Adapters are no part of it: while they are active,
-        whoever computes with it instead of calling the layer is refused."""
+        """The weight of the base, for model code that asks for its dtype or device. It is without adapters, so while
+        some are active, computing with it instead of calling the layer raises an error."""
         if torch.compiler.is_compiling() or self._runs_as_base():
             return self.base_layer.weight
         base = self.base_layer.weight

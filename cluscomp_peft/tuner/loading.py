@@ -93,20 +93,15 @@ class LoadingLayer(MergingLayer):
     # -- of an adapter's units
 
     def units_of(self, adapter_name: str, values: torch.Tensor | None = None) -> tuple[float, float]:
-        """What one unit of an adapter's codebook stands for, and of its scales; under FSDP2 all processes call this.
-
-        Args:
-            adapter_name (`str`): Of an adapter of this layer.
-            values (`torch.Tensor`, *optional*): [2], the units where they have been read or gathered already.
-        """
+        """What one unit of an adapter's codebook stands for, and of its scales."""
         raise NotImplementedError
 
     def training_units(self, adapter_name: str, rms: float) -> tuple[float, float]:
-        """The units that suit an optimiser where what they are relative to has this root mean square."""
+        """The units that suit an optimiser on a base of this root mean square."""
         raise NotImplementedError
 
     def set_units(self, adapter_name: str, units: tuple[float, float]) -> None:
-        """Says what one unit of an adapter's codebook stands for, and of its scales; its numbers stay as they are."""
+        """Changes the units and leaves the numbers."""
         raise NotImplementedError
 
     # -- loading
