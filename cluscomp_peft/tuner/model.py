@@ -40,7 +40,7 @@ from .layer import ClusCompLayer, NewAdapter
 from .loading import adapted_layers, prepare_tensors
 from .merging import all_or_nothing, check_merging, set_merged, tuner_layers
 from .planning import check_layers, spec_of
-from .saving import check_saved, complete_tensors, read_facts
+from .saving import check_saved, code_digests, complete_tensors, read_facts
 from .targets import default_targets, matched_layers
 from .units import count_blocks
 
@@ -321,8 +321,9 @@ class ClusCompModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """The adapter's tensors. PEFT writes the config next, which is told here what they belong to."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        tensors = complete_tensors(model, config, adapter_name, selected, state_dict)
-        config.note_facts(read_facts(model, adapter_name))
+        digests = code_digests(model, adapter_name)
+        tensors = complete_tensors(model, config, adapter_name, selected, state_dict, digests)
+        config.note_facts(read_facts(model, adapter_name, digests))
         return tensors
 
     @classmethod

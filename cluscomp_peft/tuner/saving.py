@@ -28,7 +28,7 @@ from .config import ClusCompConfig, SavedFacts
 from .layer import ClusCompLayer
 from .loading import adapted_layers, digest_bytes, units_key
 
-__all__ = ["check_saved", "complete_tensors", "read_facts"]
+__all__ = ["check_saved", "code_digests", "complete_tensors", "read_facts"]
 
 
 def complete_tensors(
@@ -37,6 +37,7 @@ def complete_tensors(
     adapter_name: str,
     tensors: dict[str, torch.Tensor],
     state_dict: dict[str, torch.Tensor],
+    digests: Mapping[str, str | None],
 ) -> dict[str, torch.Tensor]:
     """Makes PEFT's selection of an adapter's tensors what the file shall hold.
 
@@ -46,6 +47,7 @@ def complete_tensors(
         adapter_name: Which adapter.
         tensors: Model key to tensor, in units; changed in place.
         state_dict: Of the model, gathered if it is spread over processes.
+        digests: What [`code_digests`] found.
 
     Returns:
         `tensors`, deltas absolute, with codes and codebooks where the base was dense.
@@ -56,7 +58,7 @@ def complete_tensors(
     """
     _check_settings(model, config, adapter_name)
     for name, layer in adapted_layers(model, adapter_name):
-        digest = layer.fingerprint()
+        digest = digests[name]
         if digest is not None:
             layer.check_arrival([adapter_name])
             tensors[f"{name}.cluscomp_code_digest.{adapter_name}"] = digest_bytes(digest)
@@ -83,17 +85,27 @@ def complete_tensors(
     return tensors
 
 
-def read_facts(model: nn.Module, adapter_name: str) -> SavedFacts:
+def code_digests(model: nn.Module, adapter_name: str) -> dict[str, str | None]:
+    """The digest of the codes of each layer that has the adapter, by name; reading all codes takes its time."""
+    return {name: layer.fingerprint() for name, layer in adapted_layers(model, adapter_name)}
+
+
+def read_facts(model: nn.Module, adapter_name: str, digests: Mapping[str, str | None]) -> SavedFacts:
     """Reads off a model what `adapter_config.json` says of the base of one of its adapters.
 
     Digests of what is spread over processes and never was whole in this one are those that a saved adapter came with.
+
+    Args:
+        model: With the adapter; a `PeftModel` or the bare model.
+        adapter_name: Which adapter.
+        digests: What [`code_digests`] found.
     """
     layers = dict(adapted_layers(model, adapter_name))
     specs = {name.removeprefix(FILE_PREFIX): layer.base_spec() for name, layer in layers.items()}
     came_with = next(
         (layer.loading[adapter_name].saved for layer in layers.values() if adapter_name in layer.loading), None
     )
-    codes = combine_fingerprints(layer.fingerprint() for layer in layers.values())
+    codes = combine_fingerprints(digests.values())
     codebooks = combine_fingerprints(layer.codebook_fingerprint() for layer in layers.values())
     if came_with is not None:
         codes = came_with.fingerprint if codes is None else codes
