@@ -17,7 +17,7 @@ from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.compress.budget.called import computed_with, handed_to_kernels
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.budget.uses import weight_uses
-from cluscomp_peft.compress.matrix.cluster import cluster_linear
+from cluscomp_peft.compress.policy import Policy
 from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.quantizer import clustered_linears
 from tests.conftest import logits_of
@@ -208,7 +208,7 @@ def test_a_kernel_that_is_handed_the_weight_of_a_clustered_layer_computes_with_t
             _, weight = ctx.saved_tensors
             return grad @ weight, None
 
-    layer = cluster_linear(nn.Linear(12, 10, bias=False), ClusterSpec(2, 12))
+    layer = Policy().cluster("layer", nn.Linear(12, 10, bias=False), ClusterSpec(2, 12))
     x = torch.randn(20, 12, requires_grad=True)
     for result in (Fused.apply(x, layer.weight), layer(x)):
         (gradient,) = torch.autograd.grad(result.sum(), x)
