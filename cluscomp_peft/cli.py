@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from .hf.compression import compress_checkpoint
+    from .compress.checkpoint import compress_checkpoint
     from .hf.config import ClusCompQuantizationConfig
 
     config = ClusCompQuantizationConfig(
@@ -188,8 +188,8 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .hf.checkpoint import inspect_checkpoint
-    from .hf.compression import write_page
+    from .compress.report.record import write_page
+    from .hf.reading import inspect_checkpoint
 
     matrices, totals = inspect_checkpoint(options.path)
     if options.html is not None:
@@ -228,9 +228,9 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from .compress.architecture import refuse_evaluation
     from .compress.calibration.text import read_documents, token_windows
-    from .hf.architecture import refuse_evaluation
-    from .hf.checkpoint import check_folder
+    from .compress.stream.headers import check_folder
     from .hf.evaluate import evaluate
 
     check_folder(options.path)

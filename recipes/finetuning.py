@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
-from cluscomp_peft.hf.checkpoint import read_report
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
+from cluscomp_peft.compress.report.record import read_report
 from cluscomp_peft.hf.evaluate import true_bits
 from cluscomp_peft.placement import is_sharded
 

@@ -38,7 +38,7 @@ from transformers.utils import logging as hf_logging
 from trl import SFTConfig, SFTTrainer
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
 
 VALUES = {

@@ -23,7 +23,7 @@ from ..dense import weight_of
 from ..linear import ClusteredLinear
 from .budget.allocation import choose_spec
 from .budget.coverage import coverage_line
-from .budget.targets import default_targets, dense_linears, linear_weights
+from .budget.targets import default_targets, dense_linears, linear_weights, refuse_linears_of_their_own
 from .matrix.cluster import cut_into_vectors
 
 __all__ = ["CODEBOOK_DTYPES", "DEFAULT_BITS", "DTYPE_IN_MEMORY", "DTYPE_ON_DISK", "Policy"]
@@ -112,6 +112,7 @@ class Policy:
             ValueError: If no layer matches, a name in `target_modules` matches none, or experts are fused.
         """
         if self.target_modules is None:
+            refuse_linears_of_their_own(model)
             layers = chosen = default_targets(model)
         else:
             layers = dict(dense_linears(model))

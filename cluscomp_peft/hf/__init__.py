@@ -1,1 +1,1 @@
-"""transformers' side: quantization config, quantizer, making and inspecting checkpoints, evaluation."""
+"""transformers' side: the quantization config, the quantizer, reading and evaluating compressed checkpoints."""

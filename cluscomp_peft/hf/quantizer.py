@@ -24,14 +24,14 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.stream.pipeline import TOGETHER
-from ..dense import is_dense_linear, weight_of
-from ..layout import expand, summarize
+from ..dense import weight_of
+from ..layout import summarize
 from ..linear import ClusteredLinear
 from ..offloading import hooks_of
 from ..upstream.accelerate import device_map_of, kept_weights, offload_hook, state_dict_of_offloaded
 from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
-from .checkpoint import check_tensors
 from .config import ClusCompQuantizationConfig
+from .reading import check_tensors, stored_specs
 from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
 
 __all__ = ["ClusCompHfQuantizer"]
@@ -90,13 +90,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             # disable=None: silent where nobody watches a terminal
             self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
             return model
-        names = [name for name, module in model.named_modules() if is_dense_linear(module)]
-        self._specs = expand(config.layout, names, model.base_model_prefix)
-        if not self._specs:
-            raise ValueError(
-                f"none of the {len(config.layout)} clustered matrices of this checkpoint is a linear layer of "
-                f"{type(model).__name__}; it was made from another architecture, or its config.json is damaged."
-            )
+        self._specs = stored_specs(model, config)
         layers = {name: model.get_submodule(name) for name in self._specs}
         check_tensors(kwargs.get("checkpoint_files") or [], config, layers, self._specs, model.base_model_prefix)
         for name, spec in self._specs.items():

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from ..codes import ClusterSpec
 from ..compress.calibration.blocks import find_blocks
 from ..compress.policy import DEFAULT_BITS
-from ..dense import is_dense_linear, weight_of
-from ..hf.checkpoint import check_folder
+from ..compress.stream.headers import check_folder
+from ..dense import weight_of
 from ..hf.config import ClusCompQuantizationConfig
-from ..layout import expand
+from ..hf.reading import stored_specs
 from ..linear import ClusteredLinear
 from ..tuner.clustered_layer import ClusCompLinear
 from ..tuner.config import ClusCompConfig
@@ -135,13 +135,7 @@ class Model:
         if bits in self._stored:
             return self._stored[bits]
         if self.compressed:
-            names = [name for name, module in self.model.named_modules() if is_dense_linear(module)]
-            specs = expand(self.quantization.layout, names, self.model.base_model_prefix)
-            if not specs:
-                raise ValueError(
-                    f"none of the clustered matrices that the config names is a layer of {type(self.model).__name__}; "
-                    "its config.json is damaged."
-                )
+            specs = stored_specs(self.model, self.quantization)
         else:
             specs = replace(self.quantization.policy, bits=bits).specs(self.model)
         weights = 0

@@ -47,7 +47,7 @@ def main() -> None:
         hide = "import sys; " + "".join(f"sys.modules[{name!r}] = None; " for name in options.hide)
         run = hide + "from cluscomp_peft.cli import main; sys.exit(main(sys.argv[1:]))"
         peaks = {
-            "imports": peak_of(hide + "import cluscomp_peft.hf.compression"),
+            "imports": peak_of(hide + "import cluscomp_peft.compress.checkpoint"),
             "cluscomp compress": peak_of(run, "compress", dense, target, *flags),
         }
         seconds = time.perf_counter() - started

@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import cluscomp_peft
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.calibration.text import read_documents, token_windows
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import cluscomp_peft
 from cluscomp_peft.compress.calibration.text import read_documents
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 
 RATES = [2e-4 * 2.0**power for power in range(-6, 3)]
 AT_ONCE = 4096  # tokens of a forward pass; larger batches are cut up

@@ -20,7 +20,7 @@ from torch import nn
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
 from cluscomp_peft.compress.budget.coverage import coverage_line
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.quantizer import clustered_linears
 from tests.conftest import config_for
 
@@ -241,7 +241,7 @@ def test_a_weight_that_is_shared_counts_once():
 
 
 @pytest.mark.parametrize(
-    "first", ["from cluscomp_peft import ClusCompQuantizationConfig", "import cluscomp_peft.hf.checkpoint"]
+    "first", ["from cluscomp_peft import ClusCompQuantizationConfig", "import cluscomp_peft.hf.reading"]
 )
 def test_whatever_is_imported_first(first):
     """transformers imports the quantizer before it has any model: nothing beside it may need one to be imported."""

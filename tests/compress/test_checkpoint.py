@@ -39,18 +39,18 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft import dense as dense_layers
 from cluscomp_peft.cli import main
 from cluscomp_peft.codes import unpack
+from cluscomp_peft.compress import checkpoint as checkpoint_module
 from cluscomp_peft.compress.calibration import inputs as inputs_module
 from cluscomp_peft.compress.calibration.activations import Stream
 from cluscomp_peft.compress.calibration.blocks import BlockModel
 from cluscomp_peft.compress.calibration.text import read_documents, token_windows
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.matrix import block as block_module
+from cluscomp_peft.compress.stream import folder as target_folder
 from cluscomp_peft.compress.stream import shards as shard
 from cluscomp_peft.compress.stream.journal import Journal
 from cluscomp_peft.compress.stream.pipeline import Calibration
 from cluscomp_peft.compress.stream.source import DenseCheckpoint
-from cluscomp_peft.hf import compression
-from cluscomp_peft.hf import target as target_folder
-from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.quantizer import model_fingerprint
 from cluscomp_peft.layout import expand
 from cluscomp_peft.upstream.transformers import renaming_of
@@ -397,9 +397,9 @@ def interrupted(monkeypatch, owner, name: str, call: int, after: bool) -> None:
         (Journal, "commit", 6, False),
         (shard, "save_tensors", 2, True),
         (Stream, "write", 5, False),  # between the two streams of a block
-        (compression, "_finish", 1, False),
-        (compression, "move", 1, False),
-        (compression, "write_text", 2, True),  # some of the texts
+        (checkpoint_module, "_finish", 1, False),
+        (checkpoint_module, "move", 1, False),
+        (checkpoint_module, "write_text", 2, True),  # some of the texts
         (target_folder, "_tidy", 1, False),
     ],
 )
@@ -442,7 +442,7 @@ def test_a_run_killed_while_a_checkpoint_is_replaced(call, dense, undisturbed, k
             if len(moves) == call:
                 raise Killed
 
-        patch.setattr(compression.os, "rename", moving)
+        patch.setattr(checkpoint_module.os, "rename", moving)
         with pytest.raises(Killed):
             compress_checkpoint(dense("gpt2"), target, quick_config(), overwrite=True)
     compress_checkpoint(dense("gpt2"), target, quick_config(), overwrite=True)
@@ -725,7 +725,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(place, dense, text, undis
         "shard": (shard, "save_tensors", 2),
         "stream": (Stream, "write", 5),
         "journal": (Journal, "commit", 4),
-        "report": (compression, "write_text", 2),
+        "report": (checkpoint_module, "write_text", 2),
     }[place]
     with monkeypatch.context() as patch:
         original, calls = getattr(owner, name), []

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cluscomp_peft.hf.checkpoint import inspect_checkpoint
+from cluscomp_peft.hf.reading import inspect_checkpoint
 from tests.conftest import logits_of
 from tests.hf.test_device_map import MAP
 

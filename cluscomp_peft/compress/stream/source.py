@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+
+from .headers import read_header
 
 __all__ = ["PARTS", "DenseCheckpoint"]
 
@@ -53,9 +55,9 @@ class DenseCheckpoint:
         self.dtypes: dict[str, torch.dtype] = {}
         for path in self._paths():
             try:
-                for key, (begin, dtype, shape) in _header(path).items():
-                    self._files[key], self._begins[key] = path, begin
-                    self.dtypes[key], self.shapes[key] = dtype, shape
+                for key, header in read_header(path).items():
+                    self._files[key], self._begins[key] = path, header.begin
+                    self.dtypes[key], self.shapes[key] = _DTYPES[header.dtype], header.shape
             except OSError as error:
                 raise _unreadable(path, error) from error
             except (SafetensorError, KeyError) as error:
@@ -153,17 +155,3 @@ def _unreadable(path: str, error: OSError) -> OSError:
     """A disk that fails says nothing of what is on it."""
     text = f"{path} cannot be read ({error.strerror or error}); run the same command again."
     return OSError(text) if error.errno is None else OSError(error.errno, text)
-
-
-def _header(path: str) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:
-    """Where each tensor of a safetensors file begins, its dtype and its shape."""
-    with safe_open(path, framework="pt"):
-        pass  # says whether the file is whole
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-    return {
-        key: (8 + size + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        for key, entry in entries.items()
-        if key != "__metadata__"
-    }

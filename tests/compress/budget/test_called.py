@@ -17,8 +17,8 @@ from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.compress.budget.called import computed_with, handed_to_kernels
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.budget.uses import weight_uses
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.policy import Policy
-from cluscomp_peft.hf.compression import compress_checkpoint
 from cluscomp_peft.hf.quantizer import clustered_linears
 from tests.conftest import logits_of
 

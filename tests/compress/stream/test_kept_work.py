@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
+from cluscomp_peft.compress import checkpoint as checkpoint_module
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.policy import Policy
+from cluscomp_peft.compress.stream import folder as target_folder
 from cluscomp_peft.compress.stream import journal as journal_module
 from cluscomp_peft.compress.stream import shards as shard
 from cluscomp_peft.compress.stream.journal import Journal
-from cluscomp_peft.hf import compression
-from cluscomp_peft.hf import target as target_folder
-from cluscomp_peft.hf.compression import compress_checkpoint
 from tests.conftest import tiny_llama
 
 CONFIG = ClusCompQuantizationConfig(group_size=3, num_clusters=12, quality="fast")
@@ -53,7 +53,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killed(monkeypatch):
     """A run that ends by `Killed` leaves its folder as a killed process would."""
-    monkeypatch.setattr("cluscomp_peft.hf.compression._keep_or_discard", lambda *args, **kwargs: None)
+    monkeypatch.setattr("cluscomp_peft.compress.checkpoint._keep_or_discard", lambda *args, **kwargs: None)
 
 
 def raising(monkeypatch, owner, name: str, error: BaseException, call: int = 1) -> None:
@@ -298,7 +298,7 @@ def test_a_source_that_is_replaced_meanwhile(when, dense_dir, tmp_path, monkeypa
     owner, name, call = {
         "matrices": (Policy, "cluster", 9),
         "shards": (shard, "save_tensors", 2),
-        "end": (compression, "compress_shards", 1),
+        "end": (checkpoint_module, "compress_shards", 1),
     }[when]
     original, calls = getattr(owner, name), []
 

@@ -12,7 +12,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.compress.stream.shards import small_memory, trim_memory
-from cluscomp_peft.hf.compression import compress_checkpoint
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 
 def faults():
     torch.empty(30 << 20, dtype=torch.uint8).fill_(1)  # a training step has taken and freed its largest by now

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluscomp_peft import ClusCompQuantizationConfig
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.stream import workers as module
 from cluscomp_peft.compress.stream.workers import visible_devices
-from cluscomp_peft.hf.compression import compress_checkpoint
 from tests.conftest import tiny_llama
 
 TIMED = {"cluscomp_report.json", "report.html", "README.md"}
@@ -142,7 +142,7 @@ def test_other_workers_go_on_where_some_ended(dense, alone, tmp_path, monkeypatc
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("cluscomp_peft.hf.compression.join_shards", stop)
+        patch.setattr("cluscomp_peft.compress.checkpoint.join_shards", stop)
         with pytest.raises(Stop):
             compress_checkpoint(dense, target, quick_config(), workers=2)
     work = tmp_path / ".out.partial"
@@ -224,7 +224,7 @@ def test_a_script_without_a_guard_is_told_about_it(dense, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from cluscomp_peft import ClusCompQuantizationConfig\n"
-        "from cluscomp_peft.hf.compression import compress_checkpoint\n"
+        "from cluscomp_peft.compress.checkpoint import compress_checkpoint\n"
         f"compress_checkpoint({dense!r}, {str(tmp_path / 'out')!r}, ClusCompQuantizationConfig(bits=5), workers=2)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,13 +23,6 @@ from transformers import AutoConfig
 
 from .._version import __version__
 from ..codes import ClusterSpec
-from ..compress.budget.targets import refuse_linears_of_their_own
-from ..compress.calibration.text import calibration_windows
-from ..compress.matrix.block import BlockSettings
-from ..compress.stream.journal import Journal, disk_errors
-from ..compress.stream.pipeline import Calibration, compress_shards, fingerprint_of
-from ..compress.stream.source import DenseCheckpoint
-from ..compress.stream.workers import peak_memory, visible_devices
 from ..layout import summarize
 from ..upstream.transformers import renaming_of
 from .architecture import (
@@ -40,22 +33,39 @@ from .architecture import (
     stored_dtype,
     write_generation_config,
 )
-from .checkpoint import REPORT_NAME, check_folder, read_report, weight_bytes
-from .config import ClusCompQuantizationConfig
-from .model_card import model_card
-from .report_page import render_report
+from .calibration.text import calibration_windows
+from .matrix.block import BlockSettings
+from .policy import Policy
+from .report.card import model_card
+from .report.page import render_report
+from .report.record import PAGE_NAME, REPORT_NAME
 from .specs import specs_of_run
-from .target import ONE_NAME, check_target, join_shards, move, restore_aside, work_folder, write_text
+from .stream.folder import ONE_NAME, check_target, join_shards, move, restore_aside, work_folder, write_text
+from .stream.headers import check_folder, weight_bytes
+from .stream.journal import Journal, disk_errors
+from .stream.pipeline import Calibration, compress_shards, fingerprint_of
+from .stream.source import DenseCheckpoint
+from .stream.workers import peak_memory, visible_devices
 
-__all__ = ["compress_checkpoint", "write_page"]
+__all__ = ["QuantizationConfig", "compress_checkpoint"]
 
-PAGE_NAME = "report.html"
+
+class QuantizationConfig(Protocol):
+    """What the door needs of a `ClusCompQuantizationConfig`, which is transformers' and stands a floor above."""
+
+    layout: dict[str, dict[str, Any]]
+    fingerprint: str | None
+
+    @property
+    def policy(self) -> Policy: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def compress_checkpoint(
     source: str,
     target: str,
-    config: ClusCompQuantizationConfig,
+    config: QuantizationConfig,
     *,
     size: int | None = None,
     calibration: str | None = None,
@@ -120,8 +130,6 @@ def compress_checkpoint(
     dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model))
     check_generation_config(folder)
     kept = stored_dtype(dtype, model_config, dense)
-    if config.target_modules is None:
-        refuse_linears_of_their_own(model)
     policy = replace(config.policy, size=size)
     layers = policy.targets(model)
     settings = BlockSettings(policy, feedback, epochs, learning_rate, torch.get_num_threads())
@@ -171,7 +179,7 @@ def compress_checkpoint(
         weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
         summary = {
             "source": source,
-            "bits": config.bits if size is None else None,
+            "bits": policy.bits if size is None else None,
             "size": size,
             "true_bits": 8 * sum(entry["bytes"] for entry in result["matrices"].values()) / weights,
             "relative_error": (sum(one for one, _ in squares) / max(sum(two for _, two in squares), 1e-30)) ** 0.5,
@@ -209,26 +217,13 @@ def compress_checkpoint(
     }
 
 
-def write_page(path: str, page: str) -> None:
-    """Writes the report of a compressed checkpoint as an HTML page with plots.
-
-    Raises:
-        ValueError: If the checkpoint has no report.
-    """
-    folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.json"])
-    report = read_report(folder)
-    if not report["matrices"]:
-        raise ValueError(f"{path} has no {REPORT_NAME}, which the page is drawn from; compress the model again.")
-    write_text(page, render_report(os.path.basename(os.path.abspath(path)), report))
-
-
 def _finish(
     work: str,
     name: str,
     folder: str,
     model: Any,
     model_config: Any,
-    config: ClusCompQuantizationConfig,
+    config: QuantizationConfig,
     specs: dict[str, ClusterSpec],
     result: dict[str, Any],
     summary: dict[str, Any],

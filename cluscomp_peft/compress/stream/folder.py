@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from ..compress.stream.journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file, save_tensors
+from .journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file, save_tensors
 
 __all__ = ["ONE_NAME", "check_target", "join_shards", "move", "restore_aside", "work_folder", "write_text"]
 

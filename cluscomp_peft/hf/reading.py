@@ -1,38 +1,29 @@
-"""Looking into compressed checkpoints by their headers: what `cluscomp inspect` does, and what is checked before one
+"""Reading a compressed checkpoint by its headers: what `cluscomp inspect` prints, and what is checked before a model
 is loaded.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
 from ..codes import ClusterSpec
-from ..dense import weight_shape
+from ..compress.architecture import empty_model
+from ..compress.report.record import read_report
+from ..compress.stream.headers import check_folder, read_headers, weight_bytes, weight_files
+from ..dense import is_dense_linear, weight_shape
 from ..layout import expand
 from ..upstream.transformers import renaming_of
-from .architecture import empty_model
 from .config import ClusCompQuantizationConfig
 
-__all__ = [
-    "REPORT_NAME",
-    "MatrixReport",
-    "check_folder",
-    "check_tensors",
-    "inspect_checkpoint",
-    "read_report",
-    "weight_bytes",
-]
+__all__ = ["MatrixReport", "check_tensors", "inspect_checkpoint", "stored_specs"]
 
-REPORT_NAME = "cluscomp_report.json"
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
@@ -69,7 +60,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         quantization = ClusCompQuantizationConfig.from_dict(quantization)
     if not isinstance(quantization, ClusCompQuantizationConfig):
         raise ValueError(f"{path} is no ClusComp checkpoint: its config.json has no cluscomp quantization_config.")
-    headers = _headers(_weight_files(folder))
+    headers = read_headers(weight_files(folder))
     del config.quantization_config  # the plain model has the names and shapes
     model = empty_model(config, path)
     rename = renaming_of(model)  # checkpoints keep the names that a class had when they were made
@@ -81,7 +72,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     matrices = []
     clustered_bytes = weights = 0
     specs = expand(quantization.layout, layers, model.base_model_prefix)
-    check_tensors(_weight_files(folder), quantization, layers, specs, model.base_model_prefix)
+    check_tensors(weight_files(folder), quantization, layers, specs, model.base_model_prefix)
     for name, spec in specs.items():
         if not any(key.endswith(f"{name}.codes") for key in headers):
             raise ValueError(f"{path} lacks {name}.codes; it is incomplete, download or compress it again.")
@@ -107,12 +98,20 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     return matrices, totals
 
 
-def check_folder(path: str) -> None:
-    """Refuses a path that can only be a folder and is none, and weight files that are cut off, by name."""
-    if os.path.isdir(path):
-        _headers(_weight_files(path))
-    elif os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ValueError(f"{path} is no folder (and no hub id, which reads like owner/name).")
+def stored_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
+    """Which linear layers of a dense model a compressed checkpoint has in codes, and how each is stored.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    names = [name for name, module in model.named_modules() if is_dense_linear(module)]
+    specs = expand(config.layout, names, getattr(model, "base_model_prefix", ""))
+    if not specs:
+        raise ValueError(
+            f"none of the {len(config.layout)} clustered matrices of this checkpoint is a linear layer of "
+            f"{type(model).__name__}; it was made from another architecture, or its config.json is damaged."
+        )
+    return specs
 
 
 def check_tensors(
@@ -137,8 +136,8 @@ def check_tensors(
     Raises:
         ValueError: If a tensor is of another shape or dtype than the config says, or one of which it says nothing.
     """
-    headers = _headers(path for path in files if path.endswith(".safetensors"))
-    present = {key.removesuffix(".codes") for key, (_, dtype) in headers.items() if key.endswith(".codes")}
+    headers = read_headers(path for path in files if path.endswith(".safetensors"))
+    present = {key.removesuffix(".codes") for key in headers if key.endswith(".codes")}
     spelled = {name: _spelling(name, prefix, present) for name in specs}
     if None in spelled.values():
         return
@@ -150,75 +149,27 @@ def check_tensors(
     floats = _DTYPES[config.codebook_dtype]
     for name, spec in specs.items():
         out_features, in_features = weight_shape(layers[name])
-        wanted: dict[str, tuple[list[int], str] | None] = {
-            "codes": ([in_features, spec.code_bytes(out_features)], "U8"),
-            "codebook": ([spec.num_blocks, spec.num_clusters, spec.group_size], floats),
-            "scale_in": ([in_features], floats) if spec.scale_in else None,
-            "scale_out": ([out_features], floats) if spec.scale_out else None,
+        wanted: dict[str, tuple[tuple[int, ...], str] | None] = {
+            "codes": ((in_features, spec.code_bytes(out_features)), "U8"),
+            "codebook": ((spec.num_blocks, spec.num_clusters, spec.group_size), floats),
+            "scale_in": ((in_features,), floats) if spec.scale_in else None,
+            "scale_out": ((out_features,), floats) if spec.scale_out else None,
             "weight": None,
         }
         for leaf, value in wanted.items():
             found = headers.get(f"{spelled[name]}.{leaf}")
-            if found is not None and found != value:
-                says = "no such tensor" if value is None else f"{value[1]} {value[0]}"
+            if found is not None and found[:2] != value:
+                says = "no such tensor" if value is None else f"{value[1]} {list(value[0])}"
                 raise ValueError(
-                    f"{spelled[name]}.{leaf} is {found[1]} {found[0]} in the checkpoint, but by its config.json there "
-                    f"is {says}: the two do not belong together. Download or compress it again."
+                    f"{spelled[name]}.{leaf} is {found.dtype} {list(found.shape)} in the checkpoint, but by its "
+                    f"config.json there is {says}: the two do not belong together. Download or compress it again."
                 )
-
-
-def read_report(folder: str) -> dict[str, dict[str, Any]]:
-    """What `compress` noted of a checkpoint: `summary`, `matrices`, and with calibration `blocks` and `losses`, all
-    empty where there is no report.
-
-    Raises:
-        ValueError: If the report is damaged.
-    """
-    path = os.path.join(folder, REPORT_NAME)
-    if not os.path.isfile(path):
-        return {"summary": {}, "matrices": {}, "blocks": {}, "losses": {}}
-    try:
-        with open(path, encoding="utf-8") as file:
-            report = json.load(file)
-        return {
-            "summary": dict(report["summary"]),
-            "matrices": {name: dict(entry) for name, entry in dict(report["matrices"]).items()},
-            "blocks": {name: dict(entry) for name, entry in dict(report.get("blocks") or {}).items()},
-            "losses": dict(report.get("losses") or {}),
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove it, it only holds notes.") from error
 
 
 def _error(entry: Mapping[str, Any]) -> float | None:
     """The relative error that a report notes, if it is a number."""
     value = entry.get("relative_error")
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _weight_files(folder: str) -> list[str]:
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors"))
-
-
-def weight_bytes(folder: str) -> int:
-    """Bytes of the safetensors files of a folder."""
-    return sum(os.path.getsize(path) for path in _weight_files(folder))
-
-
-def _headers(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype, as safetensors writes it, of every tensor of the files."""
-    found = {}
-    for path in files:
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} is no file (a pipe, say, would be waited for); remove it.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    found[key] = (part.get_shape(), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or cut off ({error}); download or compress it again.") from error
-    return found
 
 
 def _spelling(name: str, prefix: str, present: Iterable[str]) -> str | None:

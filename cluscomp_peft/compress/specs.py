@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ..codes import ClusterSpec
-from ..compress.budget.allocation import Demand, allocate
-from ..compress.budget.sensitivity import measure_sensitivity
-from ..compress.calibration.blocks import BlockModel
-from ..compress.policy import CODEBOOK_DTYPES, Policy
-from ..compress.stream.journal import JOURNAL, LOCK, Journal
-from ..compress.stream.pipeline import Calibration
-from ..compress.stream.source import DenseCheckpoint
 from ..dense import weight_of
-from .report_page import render_report
+from .budget.allocation import Demand, allocate
+from .budget.sensitivity import measure_sensitivity
+from .calibration.blocks import BlockModel
+from .policy import CODEBOOK_DTYPES, Policy
+from .report.page import render_report
+from .stream.journal import JOURNAL, LOCK, Journal
+from .stream.pipeline import Calibration
+from .stream.source import DenseCheckpoint
 
 __all__ = ["specs_of_run"]
 

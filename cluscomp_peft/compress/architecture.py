@@ -38,7 +38,7 @@ def model_class(config: Any, source: str) -> Any:
     Raises:
         ValueError: If transformers has no such class.
     """
-    # Only now: transformers imports the quantizer, which stands beside this, before it has any model.
+    # Only now: transformers imports the quantizer, which imports this module, before it has any model.
     from transformers import PreTrainedModel
 
     names = list(getattr(config, "architectures", None) or [])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from .model_card import loading_example
+from .card import loading_example
 
 __all__ = ["render_report"]
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cluscomp_peft.hf.report_page import render_report
+from cluscomp_peft.compress.report.page import render_report
 
 SHAPES = {
     "self_attn.q_proj": [512, 512],
