@@ -1,6 +1,7 @@
 """The clustered layer: building, decoding, deltas, exact merging and its counts."""
 
 import math
+import pkgutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from cluscomp_peft import ClusCompConfig, ops
 from cluscomp_peft.codes import ClusterSpec, checksum, code_bits, fingerprint, num_groups, pack
 from cluscomp_peft.deltas import Delta, apply_deltas
-from cluscomp_peft.dense import is_dense_linear, weight_of
+from cluscomp_peft.dense import LINEAR_CLASSES, is_dense_linear, weight_of
 from cluscomp_peft.linear import ClusteredLinear, dense_bits
 
 IN, OUT, GROUP, CLUSTERS = 10, 13, 3, 6
@@ -403,6 +404,18 @@ def test_a_clustered_layer_is_no_dense_one():
     assert is_dense_linear(nn.Linear(2, 2)) and is_dense_linear(Conv1D(2, 2))
     assert not any(is_dense_linear(module) for module in (clustered(), Odd(2, 2), nn.Conv1d(2, 2, 1), nn.ReLU()))
     assert not isinstance(clustered(), nn.Linear)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("path", LINEAR_CLASSES)
+def test_listed_classes_are_the_linear_map(path, bias):
+    """A release of theirs in which one of them computes something else, or is gone, fails here."""
+    kind = pkgutil.resolve_name(path)
+    layer, x = kind(5, 3, bias=bias), torch.randn(2, 4, 5)
+    assert issubclass(kind, nn.Linear) and is_dense_linear(layer)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer.register_buffer("weight_scale", torch.ones(3))
+    assert not is_dense_linear(layer)
 
 
 def test_weight_of_is_a_view_of_out_by_in():

@@ -79,13 +79,9 @@ def found_in(checkout: Path, folder: Path, name: str, demo: list[str]) -> dict[s
     """What a checkout makes, by name."""
     place = folder / name
     place.mkdir()
+    text = str(folder / "text.txt")
     commands = [
-        [
-            "compress",
-            str(folder / "dense"),
-            str(place / run),
-            *(text.replace("TEXT", str(folder / "text.txt")) for text in flags),
-        ]
+        ["compress", str(folder / "dense"), str(place / run), *(text if flag == "TEXT" else flag for flag in flags)]
         for run, flags in RUNS.items()
     ]
     program = "import json, sys, cluscomp_peft.cli as cli; sys.exit(any(map(cli.main, json.loads(sys.argv[1]))))"

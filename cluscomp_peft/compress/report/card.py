@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 __all__ = ["loading_example", "model_card"]
 
 
@@ -19,7 +21,14 @@ model = get_peft_model(model, cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM"
 
 
 def model_card(name: str, summary: dict[str, Any], matrices: int, losses: dict[str, float]) -> str:
-    """README.md of a checkpoint; `losses` on held-out text, empty where none was measured."""
+    """README.md of a checkpoint.
+
+    Args:
+        name (`str`): Of the checkpoint.
+        summary (`dict`): Of its report.
+        matrices (`int`): How many are clustered.
+        losses: Of the dense and the compressed model on held-out text, nats per token; empty where none was measured.
+    """
     calibration = summary["calibration"] or "none"
     measured = "no task was measured"
     if losses:
@@ -27,13 +36,8 @@ def model_card(name: str, summary: dict[str, Any], matrices: int, losses: dict[s
             f"on held-out calibration text, the loss is {losses['compressed']:.4f} nats per token, that of the dense "
             f"model {losses['dense']:.4f}; no task was measured"
         )
-    return f"""---
-library_name: transformers
-tags:
-- cluscomp
-base_model: {summary["source"]}
----
-# {name}
+    data = ModelCardData(library_name="transformers", tags=["cluscomp"], base_model=summary["source"])
+    text = f"""# {name}
 
 `{summary["source"]}`, compressed with ClusComp: {matrices} weight matrices are stored as integer codes and codebooks.
 
@@ -51,3 +55,4 @@ them; {measured}.
 Method: ClusComp, Liao et al., "ClusComp: A Simple Paradigm for Model Compression and Efficient Finetuning", Findings
 of ACL 2025, arXiv:2503.13089.
 """
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
