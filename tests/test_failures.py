@@ -76,8 +76,8 @@ def test_the_command_says_that_memory_ran_out(error, monkeypatch, capsys):
     def run(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("cluscomp_peft.hf.compression.compress_checkpoint", run)
-    monkeypatch.setattr("cluscomp_peft.hf.compression.check_target", run, raising=False)
+    monkeypatch.setattr("cluscomp_peft.compress.checkpoint.compress_checkpoint", run)
+    monkeypatch.setattr("cluscomp_peft.compress.checkpoint.check_target", run, raising=False)
     assert cli.main(["compress", "source", "target"]) == 1
     assert "cluscomp compress: out of memory" in capsys.readouterr().err
 
@@ -86,6 +86,6 @@ def test_another_error_is_not_one_of_memory(monkeypatch):
     def run(*args, **kwargs):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("cluscomp_peft.hf.compression.compress_checkpoint", run)
+    monkeypatch.setattr("cluscomp_peft.compress.checkpoint.compress_checkpoint", run)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         cli.main(["compress", "source", "target"])
