@@ -74,20 +74,17 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         """Bytes of the dense weight, which merging does not change."""
         return self.in_features * self.out_features * self.base_layer.weight.element_size()
 
-    def _total(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """ΔC and the scales 1 + Σδ of the given adapters."""
+    def _adapted(self, dense: torch.Tensor, adapter_names: list[str]) -> ops.PackedWeight:
+        """The dense weight [out, in] with ΔC and the scales 1 + Σδ of the given adapters, as the ops take it."""
         delta = sum_deltas(self.deltas(adapter_names), in_features=self.in_features)
-        scales = [None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out)]
-        return delta.codebook, scales[0], scales[1]
+        scale_in, scale_out = (None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out))
+        return ops.PackedWeight(self.codes, delta.codebook, self.out_features, scale_in, scale_out, dense)
 
     def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
         weight = self.base_tensor("weight")
         assert weight is not None
         is_conv1d = isinstance(self.base_layer, Conv1D)
-        codebook, *scales = self._total(adapter_names)
-        residual = weight.t() if is_conv1d else weight
-        packed = ops.PackedWeight(self.codes, codebook, self.out_features, *scales, residual)
-        merged = ops.decode(packed, weight.dtype)
+        merged = ops.decode(self._adapted(weight.t() if is_conv1d else weight, adapter_names), weight.dtype)
         merged = merged.t().contiguous() if is_conv1d else merged
         return {"weight": nn.Parameter(merged, requires_grad=self.base_layer.weight.requires_grad)}
 
@@ -96,9 +93,7 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         if self._runs_as_base():
             return self.base_layer(x, *args, **kwargs)
         self.check_arrival(self.active_adapters)
-        codebook, *scales = self._total(self.active_adapters)
-        weight = ops.PackedWeight(self.codes, codebook, self.out_features, *scales, weight_of(self.base_layer))
-        return ops.linear(x, weight, self.base_layer.bias)
+        return ops.linear(x, self._adapted(weight_of(self.base_layer), self.active_adapters), self.base_layer.bias)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
