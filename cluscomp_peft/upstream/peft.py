@@ -34,8 +34,6 @@ FILE_PREFIX = "base_model.model."
 TUNER_METHODS = {
     "_prepare_adapter_config": "inject_adapter calls it before it replaces a layer, and goes on with the config that "
     "it returns; if it does not, errors are found when layers have been replaced already.",
-    "_check_target_module_exists": "inject_adapter asks it for each module outside of tuner layers; if it asks "
-    "something else, the layers that are checked before are not those that are replaced.",
     "_create_and_replace": "inject_adapter calls it for each match, also for a tuner layer that is there, with the "
     "config, the adapter's name, the layer, its name in its parent, the parent and `current_key`, its full name.",
     "_replace_module": "_unload_and_optionally_merge calls it with the parent, the name in it, what comes in and what "
@@ -109,9 +107,11 @@ def register_method(method: str, config: type, model: type) -> None:
 
 def matches(config: Any, name: str) -> bool:
     """Whether a config's `target_modules` and `layers_to_transform` choose a module: `check_target_module_exists`,
-    which holds indices against ends of names only, not against full names.
+    which holds indices against ends of names only, not against full names, and which `inject_adapter` asks for each
+    module outside of tuner layers.
 
-    If it reads indices otherwise, default targets are not those that `layers_to_transform` names.
+    If it reads indices otherwise, default targets are not those that `layers_to_transform` names. If inject_adapter
+    asks something else, the layers that are checked before are not those that are replaced.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 

@@ -247,7 +247,7 @@ def test_the_config_is_prepared_before_any_layer_is_replaced(adapted):
     assert adapted.base_model.targeted_module_names == QUERIES  # which only the prepared config names
 
 
-@tuner_method("_check_target_module_exists")
+@contract(room, "matches")
 def test_each_module_outside_of_tuner_layers_is_asked_for(adapted):
     names = [name for name, _ in tiny_llama().named_modules() if name]
     assert [key for key, _ in calls("_check_target_module_exists")] == names
@@ -255,6 +255,7 @@ def test_each_module_outside_of_tuner_layers_is_asked_for(adapted):
     adapted.add_adapter("second", config())
     assert [key for key, _ in calls("_check_target_module_exists")] == names
     assert [key for key, chosen in calls("_check_target_module_exists") if chosen] == QUERIES
+    assert [name for name in names if room.matches(adapted.peft_config["second"], name)] == QUERIES
 
 
 @tuner_method("_create_and_replace")
