@@ -26,6 +26,11 @@ FLOATING = ("codebook", "scale_in", "scale_out", "residual")
 CASES = {
     "plain": {},
     "blocks": dict(blocks=3),
+    "more blocks than inputs": dict(blocks=IN + 9),
+    "scalar groups": dict(group_size=1, clusters=2),
+    "no padding": dict(group_size=11, clusters=3),
+    "wide groups": dict(group_size=16, clusters=3, residual=True, scale_in=True),
+    "codes over three bytes": dict(group_size=2, clusters=2**14),
     "scale_in": dict(scale_in=True),
     "scale_out": dict(scale_out=True),
     "residual": dict(residual=True),
@@ -222,6 +227,7 @@ def test_decode_is_the_reference_bit_for_bit(on, case, dtype):
         decoded = on.decode(weight, dtype)
         assert decoded.dtype == dtype and decoded.shape == (OUT, IN)
         assert torch.equal(decoded, reference.decode(weight, dtype))
+        assert torch.equal(decoded, on.decode(weight, torch.float32).to(dtype))  # rounded once
         torch.testing.assert_close(decoded.double(), by_loop(weight), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
@@ -253,6 +259,8 @@ def test_few_tokens_are_as_exact_as_their_roundings(on, case, count, dtype):
     weight, bias, x = weight_of(**case, dtype=torch.float16), normal(OUT, seed=5), normal(count, IN, dtype=dtype)
     y, exact = on.linear(x, weight, bias), by_loop(weight)
     assert y.dtype == dtype
+    if on.linear is reference.linear:
+        assert torch.equal(y, F.linear(x, reference.decode(weight, dtype), bias.to(dtype)))
     right = F.linear(x.double(), exact, bias.to(dtype).double())
     magnitude = F.linear(x.double().abs(), exact.abs(), bias.to(dtype).double().abs())
     eps = torch.finfo(dtype).eps / 2
@@ -263,7 +271,7 @@ def test_few_tokens_are_as_exact_as_their_roundings(on, case, count, dtype):
 @each_case
 def test_gradients_are_sums_in_fp32(on, case, dtype):
     """A sum in 16 bits would be off by more."""
-    weight = weight_of((96, 64), clusters=4, **{**case, "group_size": 3}, dtype=torch.float16)
+    weight = weight_of((96, 64), **{**case, "group_size": 3, "clusters": 4}, dtype=torch.float16)
     x, upstream = normal(50, 64, dtype=dtype), normal(50, 96, dtype=dtype, seed=6)
     grads = on.codebook_grad(x, upstream, weight)
     exact = reference.codebook_grad(x.double(), upstream.double(), converted(weight, torch.Tensor.double))

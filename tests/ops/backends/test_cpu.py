@@ -213,14 +213,6 @@ def test_linear_follows_the_reference(layout, dtype, count, bias):
     assert near(y, exact, limit)
 
 
-@pytest.mark.parametrize("size", [(150,), (1, 150), (1, 1, 150), (2, 3, 150), (0, 150)])
-def test_leading_dimensions_stay(size):
-    given, x = parts(scale_in=True, scale_out=True), tokens(*size)
-    y = cpu.linear(x, given, None)
-    assert y.shape == (*size[:-1], 70)
-    torch.testing.assert_close(y, reference.linear(x, given, None), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_few_tokens_are_at_least_as_exact_as_the_dense_layer(count):
     given = parts((256, 600), 3, 300)
@@ -269,26 +261,6 @@ def test_codebook_grad_in_bf16_loses_less_than_a_bf16_sum(matrix_units, monkeypa
     naive = torch.zeros(4, 3, dtype=torch.bfloat16).index_add_(0, unpack(given.codes, 2, 32).reshape(-1), grad)
     assert error < (2e-3 if matrix_units else 1e-6) * exact.norm()
     assert error < (naive - exact).norm() / 5
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_work(threads):
-    given = parts((512, 300), blocks=2, scale_in=True, scale_out=True)
-    x, upstream = tokens(9, 300), tokens(9, 512, seed=6)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(cpu.decode(given, torch.bfloat16), reference.decode(given, torch.bfloat16))
-        for count in (1, 9):
-            exact = reference.linear(x[:count].double(), given, None)
-            assert near(cpu.linear(x[:count], given, None), exact, 1e-6)
-        grads = cpu.codebook_grad(x, upstream, given)
-        for one, two in zip(grads, cpu.codebook_grad(x, upstream, given), strict=True):
-            assert torch.equal(one, two)
-        for mine, theirs in zip(grads, reference.codebook_grad(x, upstream, given), strict=True):
-            assert near(mine, theirs, 1e-5)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_python_threads_do_the_work_where_torch_has_no_openmp(monkeypatch):
@@ -355,16 +327,6 @@ def test_gradients_agree_through_autograd_and_the_compiler():
     compiled = grads(torch.compile(ops.linear, fullgraph=True, backend="aot_eager"))
     for one, two in zip(compiled, eager, strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_strided_codes_and_inputs_are_taken(scaled):
-    given = parts(scale_in=scaled, scale_out=scaled)
-    strided = given._replace(codes=torch.stack([given.codes, given.codes], -1)[..., 0])
-    assert not strided.codes.is_contiguous()
-    x = tokens(150, 5).t()
-    assert torch.equal(cpu.decode(strided, torch.float32), cpu.decode(given, torch.float32))
-    assert torch.equal(cpu.linear(x, strided, None), cpu.linear(x.contiguous(), given, None))
 
 
 @pytest.mark.parametrize("case", ["fp64", "no numba", "transposed residual", "small"])

@@ -192,13 +192,6 @@ def test_splits_of_the_input_channels_add_up(cuda, tokens):
         check_linear(cuda, given, normal(tokens, in_features), bias)
 
 
-@interpreted
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_the_dtype_of_the_codebook_does_not_show(cuda, tokens, scaled):
-    check_widths(cuda, parts(3, 13, (40, 150), torch.float16, scale_in=scaled, blocks=2), tokens, torch.float16)
-
-
 def check_widths(cuda, given: ops.PackedWeight, tokens: int, dtype: torch.dtype) -> None:
     # What merging leaves, against a layer whose adapter is active, in fp32.
     before = wide(given, torch.float32, given.device)
@@ -215,15 +208,6 @@ def test_more_tokens_a_residual_or_none_are_left_to_the_dense_product(cuda):
         x = normal(*size, dtype=torch.float16)
         y = cuda.linear(x, kept, normal(40))
         assert torch.equal(y, reference.linear(x, kept, normal(40)))
-
-
-@interpreted
-@pytest.mark.parametrize("size", [(30,), (1, 1, 30), (2, 3, 30)])
-def test_leading_dimensions_are_kept(cuda, size):
-    given = parts(3, 13, (40, 30))
-    check_linear(cuda, given, normal(*size), None)
-    turned = normal(30, 4).t()
-    assert torch.equal(cuda.linear(turned, given, None), cuda.linear(turned + 0, given, None))
 
 
 @interpreted

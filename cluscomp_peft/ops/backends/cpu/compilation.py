@@ -1,7 +1,7 @@
 """Whether there are compiled kernels, and the way back to the reference where there are not.
 
-A function under `with_kernels` asks `compiled()` for the kernels, and leaves the work to the reference where that gives
-None. If a kernel cannot be compiled half-way, the function is called once more, and gets None then.
+A function under `with_kernels` asks `compiled()` for the kernels, and leaves the work to the reference where that
+gives None. If a kernel cannot be compiled half-way, the function is called once more, and gets None then.
 """
 
 from __future__ import annotations
