@@ -162,6 +162,24 @@ def test_text_does_not_calibrate_what_does_not_continue_it(kind, saved, tmp_path
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
+@pytest.mark.parametrize("kind", ["qwen 2.5 with images", "gemma 3 with images"])
+def test_text_calibrates_what_continues_it_and_leaves_the_eyes_alone(kind, saved, tokenizer, tmp_path):
+    """Qwen's tower for images holds more weights here than its language model, and text never reaches it."""
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    shutil.copytree(saved(kind), source)
+    tokenizer.save_pretrained(source)
+    text.write_text(" ".join(f"w{number * 7 % 83}" for number in range(200)))
+    compress_checkpoint(
+        str(source), str(tmp_path / "out"), settings(), calibration=str(text), samples=4, seqlen=16, epochs=0
+    )
+    made = getattr(hf, config_of(source)["architectures"][0])
+    plain = made.from_pretrained(source, quantization_config=settings()).state_dict()
+    state = made.from_pretrained(tmp_path / "out").state_dict()
+    assert state.keys() == plain.keys()
+    differ = {name for name in state if name.endswith(".codebook") and not torch.equal(state[name], plain[name])}
+    assert differ and all(".language_model." in name for name in differ)
+
+
 def test_evaluate_says_what_a_model_is(saved, tmp_path, capsys):
     assert main(["evaluate", saved("t5"), "--data", "absent.txt"]) == 1
     error = capsys.readouterr().err

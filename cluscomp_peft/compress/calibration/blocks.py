@@ -28,11 +28,15 @@ _MOST_PARTS = 4  # of the tuples that blocks return
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the blocks: the outermost `nn.ModuleList` that holds most of the linear weights, if any."""
+    """Name and list of the blocks: the outermost `nn.ModuleList` that holds most of the linear weights, if any.
+
+    Of a model that sees or hears too, only what continues text is looked at: a tower for images may hold more.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = {id(module) for module in decoder.modules()}
     best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
-            continue
+    for name, module in [entry for entry in lists if id(entry[1]) in inside] or lists:
         held = sum(weight_of(layer).numel() for layer in module.modules() if is_dense_linear(layer))
         if held and (best is None or held > best[0]):
             best = (held, name, module)
