@@ -1,7 +1,7 @@
 """Nearest centroids channel after channel, the codebook staying the same: what error feedback asks for.
 
-On a CPU one compiled loop does it all (`sweep`), threads over groups. It searches by bisection where centroids are
-single numbers, by looking at every centroid where they are few, and otherwise by a tree:
+On a CPU one compiled loop does it all (`sweep`), threads over groups. It searches by looking at every centroid
+where they are few, by bisection where they are single numbers, and otherwise by a tree:
 
     centroids ── halved along their widest side ──► leaves of 32 neighbours, in a box each; 16 leaves a branch
     vector    ── distance to the centroid that it had, and to those of its leaf: a first bound
@@ -24,6 +24,7 @@ from .engines import can_compile, give_up
 __all__ = ["Nearest"]
 
 _FEW = 2048  # centroids up to which looking at all of them is fastest
+_FEW_NUMBERS = 256  # likewise at d = 1, where the alternative is bisection
 _MOST_DIM = 16  # of compiled searches
 _PRODUCTS = 1 << 24  # numbers of one product
 _PART = 64  # groups below which a thread of their own does not pay
@@ -128,7 +129,7 @@ class Nearest:
         n, dim = centroids.shape
         rows, values, names = np.zeros((0, dim + 1), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
         tree = _tree(centroids[:0])
-        if dim == 1:
+        if dim == 1 and n > _FEW_NUMBERS:
             way = BISECTION
             values, names = np.unique(centroids[:, 0], return_index=True)
         elif n <= _FEW:

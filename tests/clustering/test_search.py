@@ -11,8 +11,8 @@ from cluscomp_peft.clustering import search
 from cluscomp_peft.clustering.search import Nearest
 
 exhaustive = settings(deadline=None, max_examples=40, derandomize=True)
-# Bisection takes over at d = 1, the tree above 2,048 centroids; 33 and 513 leave leaves and branches unfilled.
-sizes = st.one_of(st.integers(2, 40), st.sampled_from([255, 513, 2048, 2049, 5000]))
+# Bisection begins at 257 numbers, the tree at 2,049 centroids, which leave leaves and branches unfilled.
+sizes = st.one_of(st.integers(2, 40), st.sampled_from([256, 257, 513, 2048, 2049, 5000]))
 dims = st.sampled_from([1, 2, 3, 4, 6, 8, 16, 17])
 
 

@@ -21,6 +21,7 @@ the reconstruction of blocks alone repairs the codes' choice.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ...clustering.search import Nearest
 from ...codes import group
@@ -64,13 +65,16 @@ def refine_codes(
     problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
     del hessian
     found = codes[order]
+    slope = problem.slope(codebook, found)
     candidate = problem.carry(Nearest(codebook, threads), found)
-    if problem.loss(codebook, candidate) < problem.loss(codebook, found):
-        found = candidate
-    codebook = problem.settle(codebook, found, solver_steps)
+    other = problem.slope(codebook, candidate)
+    if problem.loss(codebook, candidate, other) < problem.loss(codebook, found, slope):
+        found, slope = candidate, other
+    del candidate, other
+    codebook = problem.settle(codebook, found, slope, solver_steps)
     for _ in range(sweeps):
-        found = problem.revisit(codebook, found, Nearest(codebook, threads))
-        codebook = problem.settle(codebook, found, solver_steps)
+        found = problem.revisit(codebook, found, slope, Nearest(codebook, threads))
+        codebook = problem.settle(codebook, found, slope, solver_steps)
     result = torch.empty_like(found)
     result[order] = found
     return result, codebook
@@ -113,20 +117,26 @@ def _raise_diagonal(matrix: torch.Tensor, by: float, dtype: torch.dtype) -> torc
 
 
 class _Problem:
-    """V as rows of channels [in, groups · g], H in the same order; the padding of the last group costs nothing."""
+    """V as rows of channels [in, groups · g], H in the same order; the padding of the last group costs nothing.
+
+    The slope H (V − V̂) [in, groups · g] goes along with codes and codebook: each step leaves it as its own changes
+    make it, so that the product of H with all of V is needed once.
+    """
 
     def __init__(self, vectors: torch.Tensor, hessian: torch.Tensor, out_features: int) -> None:
         self.vectors, self.hessian, self.out = vectors, hessian, out_features
 
     def decode(self, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """V̂ [in, groups · g]; the padding is made equal to V's, zero."""
-        values = codebook[codes].flatten(1)
+        values = F.embedding(codes, codebook).flatten(1)
         values[:, self.out :] = 0
         return values
 
-    def loss(self, codebook: torch.Tensor, codes: torch.Tensor) -> float:
-        rest = self.vectors - self.decode(codebook, codes)
-        return float(((self.hessian @ rest) * rest).sum(dtype=torch.float64))
+    def slope(self, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return self.hessian @ (self.vectors - self.decode(codebook, codes))
+
+    def loss(self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor) -> float:
+        return float((slope * (self.vectors - self.decode(codebook, codes))).sum(dtype=torch.float64))
 
     def carry(self, nearest: Nearest, known: torch.Tensor) -> torch.Tensor:
         """Codes of one pass of error feedback, channel by channel; those of K-means are probably near."""
@@ -138,35 +148,30 @@ class _Problem:
             block = slice(start, start + _BLOCK)
             own, behind = factor[block, block], factor[block, start + _BLOCK :]
             codes[block], errors = nearest.sweep(left[block], -own, known[block], True, self.out)
-            left[start + _BLOCK :] -= behind.t() @ errors
+            left[start + _BLOCK :].addmm_(behind.t(), errors, alpha=-1)
         return codes
 
-    def revisit(self, codebook: torch.Tensor, codes: torch.Tensor, nearest: Nearest) -> torch.Tensor:
-        """Codes after each channel in turn took what is best for it."""
+    def revisit(
+        self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, nearest: Nearest
+    ) -> torch.Tensor:
+        """Codes after each channel in turn took what is best for it; `slope` goes along."""
         found = torch.empty_like(codes)
-        values = self.decode(codebook, codes)
         diagonal = self.hessian.diagonal()[:, None]
-        wanted = values + (self.hessian @ (self.vectors - values)) / diagonal
-        del values
         for start in range(0, len(codes), _BLOCK):
-            block, behind = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            block = slice(start, start + _BLOCK)
+            wanted = self.decode(codebook, codes[block]) + slope[block] / diagonal[block]
             own = (self.hessian[block, block] / diagonal[block]).t()  # of channel i on k: H_ki / H_kk
-            found[block], moved = nearest.sweep(wanted[block], own, codes[block], False, self.out)
-            # Channels before this block are done; what is best for them is not needed again.
-            wanted[behind] += (self.hessian[behind, block] / diagonal[behind]) @ moved
+            found[block], moved = nearest.sweep(wanted, own, codes[block], False, self.out)
+            slope.addmm_(self.hessian[:, block], moved)
         return found
 
-    def settle(self, codebook: torch.Tensor, codes: torch.Tensor, steps: int) -> torch.Tensor:
-        """The codebook that minimises L for these codes, by conjugate gradients from the present one."""
+    def settle(self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, steps: int) -> torch.Tensor:
+        """The codebook that minimises L for these codes, by conjugate gradients from the present one; `slope` goes
+        along."""
         flat = codes.flatten()
 
         def gather(matrix: torch.Tensor) -> torch.Tensor:
-            matrix[:, self.out :] = 0
-            total = torch.zeros_like(codebook)
-            return total.index_add_(0, flat, matrix.view(-1, codebook.shape[1]))
-
-        def curvature(direction: torch.Tensor) -> torch.Tensor:
-            return gather(self.hessian @ self.decode(direction, codes))
+            return torch.zeros_like(codebook).index_add_(0, flat, matrix.view(-1, codebook.shape[1]))
 
         # Preconditioned by the diagonal of the curvature's own part: Σ H_ii over the vectors of a centroid.
         scale = torch.zeros(len(codebook), device=codebook.device)
@@ -174,19 +179,21 @@ class _Problem:
         scale.index_add_(0, flat, diagonal)
         scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))[:, None]
         best = codebook.clone()
-        rest = gather(self.hessian @ (self.vectors - self.decode(codebook, codes)))
+        rest = gather(slope)
         z = scale * rest
         direction, power = z.clone(), float((rest * z).sum(dtype=torch.float64))
         first = power
         for _ in range(steps):
             if power <= 1e-8 * first:
                 break
-            image = curvature(direction)
+            change = self.hessian @ self.decode(direction, codes)
+            image = gather(change)
             bend = float((direction * image).sum(dtype=torch.float64))
             if bend <= 0:
                 break
-            best += (power / bend) * direction
-            rest -= (power / bend) * image
+            best.add_(direction, alpha=power / bend)
+            slope.sub_(change, alpha=power / bend)
+            rest.sub_(image, alpha=power / bend)
             z = scale * rest
             previous, power = power, float((rest * z).sum(dtype=torch.float64))
             direction = z + (power / previous) * direction
