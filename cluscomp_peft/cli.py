@@ -11,6 +11,7 @@ from typing import Any
 
 from .clustering import QUALITIES
 from .failures import ran_out_of_memory
+from .interrupts import wait_for_imports
 
 __all__ = ["main"]
 
@@ -21,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status. Errors of the user end in one line, without a traceback."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with wait_for_imports():
+            options.run(options)
     except (ValueError, OSError) as error:
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
         print(f"cluscomp {options.command}:", *map(_printable, (str(error), *notes)), file=sys.stderr)
