@@ -13,7 +13,7 @@ import torch
 from ..codes import ClusterSpec
 from ..dense import weight_of
 from .budget.allocation import Demand, allocate
-from .budget.sensitivity import measure_sensitivity
+from .budget.sensitivity import measure_sensitivity, with_floor
 from .calibration.blocks import BlockModel
 from .policy import CODEBOOK_DTYPES, Policy
 from .report.page import render_report
@@ -51,6 +51,7 @@ def specs_of_run(
             blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
             measured = measure_sensitivity(blocks, given.fitted[:enough])
             sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
+            sensitivity = with_floor(sensitivity, weights)
         demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
         if policy.size is not None:
             budget = policy.size - _other_bytes(model, layers, dense, dtype, journal.folder)

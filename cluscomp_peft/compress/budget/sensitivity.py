@@ -8,13 +8,16 @@ so a matrix that is stored with the relative squared error D costs sensitivity �
 
     sensitivity = ½ Σ_oi E[g_o²] E[x_i²] W_oi²               nats per token
 
+That holds for small errors only. Attention that is sure of itself has no slope, so the queries behind it seem to cost
+nothing, and given next to no bits they ruin the model; [`with_floor`] keeps every matrix above a tenth of the mean.
+
 Inputs of all blocks are kept for the few sequences that this takes, then the blocks are passed in reverse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,11 @@ from torch import nn
 from ...dense import is_dense_linear, weight_of
 from ..calibration.blocks import BlockModel
 
-__all__ = ["measure_sensitivity"]
+__all__ = ["measure_sensitivity", "with_floor"]
+
+# Of the mean of all weights. On SmolLM2-135M the expected loss rises by 0.2 % at 2, 3.1 and 4.3 bits; a model of two
+# blocks that lost 0.20 nats at 3 bits, because its queries got 2 clusters of 8 weights, loses 0.001.
+_FLOOR = 0.1
 
 _NOT_FINITE = (
     "the dense model's {} is NaN or infinite on the calibration text: its weights are damaged, or its dtype is too "
@@ -65,6 +72,17 @@ def measure_sensitivity(model: BlockModel, windows: Sequence[torch.Tensor]) -> d
                     raise ValueError(_NOT_FINITE.format(f"slope at {model.name(index)}.{name}"))
                 result[f"{model.name(index)}.{name}"] = value
     return result
+
+
+def with_floor(sensitivity: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
+    """Sensitivities, each raised to at least a tenth of what a matrix of its size has on average.
+
+    Args:
+        sensitivity: Nats per token, by name.
+        weights: Numbers of each matrix, by the same names.
+    """
+    least = _FLOOR * sum(sensitivity.values()) / max(1, sum(weights[name] for name in sensitivity))
+    return {name: max(value, least * weights[name]) for name, value in sensitivity.items()}
 
 
 def _tail_slope(model: BlockModel, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
