@@ -100,13 +100,13 @@ def measure(name: str, interpreter: str, tests: str, cuda: bool) -> dict[str, st
     versions = {package["name"]: package["version"] for package in listed}
     row |= {package: versions.get(package, "-") for package in SHOWN}
     command = [str(python), "-m", "pytest", *shlex.split(tests)]
-    closing = "no test ran"
+    closing = "no counts printed"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout or ():
             print(line, end="", flush=True)
             if re.search(r"\d+ (passed|failed|errors?)\b.* in ", line):
                 closing = line.strip("= \n")
-    return {**row, "result": closing if run.returncode == 0 else f"FAILED: {closing}"}
+    return {**row, "result": closing if run.returncode == 0 else f"FAILED: status {run.returncode}, {closing}"}
 
 
 def main() -> int:
