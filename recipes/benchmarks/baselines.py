@@ -1,7 +1,4 @@
-"""What other methods lose at equal bits: round to nearest, NF4, HQQ and GPTQ, to hold compressed models against.
-
-    python recipes/benchmarks/baselines.py MODEL --data valid.jsonl --calibration train.jsonl
-    python recipes/benchmarks/baselines.py MODEL --data valid.jsonl --methods rtn nf4 --bits 4 3
+"""What compressed models are held against: round to nearest, NF4, HQQ and GPTQ, for the other scripts.
 
 Each function takes a dense transformers model and puts the dequantised weights of a method into the linear layers of
 its blocks, in place, so that the model is evaluated like any other. It returns the model and true bits per weight:
@@ -21,76 +18,18 @@ HQQ needs `DISABLE_CUDA=1 pip install hqq`, which keeps its installer from compi
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from memory import write_results
 from torch import nn
 from tqdm import tqdm
 
 from cluscomp_peft.compress.budget.targets import dense_linears
-from cluscomp_peft.compress.calibration.text import read_documents, token_windows
 from cluscomp_peft.dense import weight_of
-from cluscomp_peft.hf.evaluate import evaluate
 
-METHODS = ("rtn", "nf4", "hqq", "gptq")
 ZEROS = ("fp16", "packed")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a dense checkpoint")
-    parser.add_argument("--data", required=True, help="text to measure the loss on")
-    parser.add_argument("--calibration", help="text for GPTQ")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all by default; GPTQ with --calibration only")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--max_tokens", type=int, help="of calibration")
-    options = parser.parse_args()
-    if options.methods is None:
-        options.methods = [name for name in METHODS if name != "gptq" or options.calibration is not None]
-    if "gptq" in options.methods and options.calibration is None:
-        raise SystemExit("gptq needs --calibration, a text that is not the one of --data.")
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-
-    def windows(path: str, max_tokens: int | None = None) -> list[torch.Tensor]:
-        documents = read_documents(path, tokenizer)
-        return token_windows(documents, tokenizer, options.seqlen, max_tokens=max_tokens)
-
-    data = windows(options.data)
-    calibration = windows(options.calibration, options.max_tokens) if "gptq" in options.methods else []
-    block, jobs = options.block, [("dense", None, lambda model: (model, 32.0))]
-    if "nf4" in options.methods:
-        jobs += [("nf4", 4, lambda model: nf4(model, block))]
-        jobs += [("nf4, double quantised", 4, lambda model: nf4(model, block, double=True))]
-    for bits in options.bits:
-        if "rtn" in options.methods:
-            jobs += [("round to nearest", bits, lambda model, bits=bits: round_to_nearest(model, bits, block))]
-        if "hqq" in options.methods:
-            jobs += [("hqq", bits, lambda model, bits=bits: hqq(model, bits, block))]
-        if "gptq" in options.methods:
-            jobs += [("gptq", bits, lambda model, bits=bits: gptq(model, bits, block, calibration))]
-            jobs += [("gptq, act_order", bits, lambda model, bits=bits: gptq(model, bits, block, calibration, True))]
-    rows = []
-    print("| method | bits | true bits | loss |\n|---|---:|---:|---:|")
-    for name, bits, job in jobs:
-        model, stored = job(copy.deepcopy(dense))
-        rows.append({"method": name, "bits": bits, "true_bits": stored, "loss": evaluate(model, data).loss})
-        print(f"| {name} | {bits or ''} | {stored:.3f} | {rows[-1]['loss']:.4f} |", flush=True)
-    # Names of files, not where they lie: results travel.
-    paths = {key: getattr(options, key) for key in ("model", "data", "calibration")}
-    names = {key: path and os.path.basename(os.path.normpath(path)) for key, path in paths.items()}
-    write_results("baselines", {"settings": {**vars(options), **names}, "rows": rows})
 
 
 def round_to_nearest(model: Any, bits: int, block: int = 64, zero: str = "fp16") -> tuple[Any, float]:
@@ -349,7 +288,3 @@ def _stored_bits(weight: torch.Tensor, bits: int, block: int, zero: str) -> int:
 
 def _bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,13 @@
-"""Memory of `cluscomp compress`, CPU: a model of any size takes little more than its largest matrices.
+"""What does `cluscomp compress` hold at its peak, CPU? For any model little more than its largest matrices.
 
-    python recipes/benchmarks/compress_memory.py                    # a Llama of 2 GB; minutes
-    python recipes/benchmarks/compress_memory.py --layers 2         # for a try
+    python recipes/benchmarks/compress_memory.py                                  # a Llama of 2 GB; minutes
+    python recipes/benchmarks/compress_memory.py --layers 2 --results -           # for a try
 
 The dense checkpoint is random bf16, written shard by shard into a temporary folder. The command runs in a process of
 its own; what counts is the most memory that it ever held (VmHWM), imports included. They take the larger part: torch,
 transformers with what it finds installed (torch.compile, triton, hqq), and numba with LLVM; PEFT is not imported.
 `--hide hqq triton` measures an installation without. Compiled kernels are cached: the first run after an installation,
-which compiles them, takes some 90 MB more. Writes results/compress_memory.json.
+which compiles them, takes some 90 MB more.
 """
 
 from __future__ import annotations
@@ -15,67 +15,60 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 
 import torch
-from memory import write_results
+from harness import Results, Row, arguments, settings_of, table
+from random_models import Shape, add_shape, shape_of
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from timing import peak_of
+from transformers import LlamaForCausalLM
+
+SHAPE = Shape(hidden=2048, intermediate=5632, layers=18, heads=32, kv_heads=8, vocab=32000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--layers", type=int, default=18)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=32000)
+    parser = arguments(__doc__, "compress_memory")
+    add_shape(parser, SHAPE)
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--quality", default="default")
     parser.add_argument("--hide", nargs="*", default=[], help="packages that count as not installed")
-    parser.add_argument("--results", default="compress_memory", help="name of the file under results/; - for none")
     options = parser.parse_args()
+    results = Results(options.results, settings_of(options), options.fresh)
+    rows = results.complete(
+        [{"job": "imports"}, {"job": "cluscomp compress"}], lambda job: measure(job["job"], options)
+    )
+    megabytes = {
+        f"{name}, MB": lambda row, key=key: f"{row[key] / 1e6:.0f}" if key in row else ""
+        for name, key in (("peak", "peak"), ("dense files", "dense"), ("compressed files", "compressed"))
+    }
+    print(table(rows, {"": "{job}", **megabytes, "seconds": "{seconds:.0f}", "true bits": "{true_bits:.3f}"}))
+
+
+def measure(job: str, options: argparse.Namespace) -> Row:
+    """Bytes at the peak of the imports alone, or of a whole compression and what it read and wrote."""
+    hide = "import sys; " + "".join(f"sys.modules[{name!r}] = None; " for name in options.hide)
+    if job == "imports":
+        return {"peak": peak_of(hide + "import cluscomp_peft.compress.checkpoint")}
     with tempfile.TemporaryDirectory() as folder:
         dense, target = os.path.join(folder, "dense"), os.path.join(folder, "compressed")
-        size = write_dense(dense, options)
-        flags = ["--bits", str(options.bits), "--quality", options.quality]
+        size = write_dense(dense, shape_of(options))
         started = time.perf_counter()
-        hide = "import sys; " + "".join(f"sys.modules[{name!r}] = None; " for name in options.hide)
-        run = hide + "from cluscomp_peft.cli import main; sys.exit(main(sys.argv[1:]))"
-        peaks = {
-            "imports": peak_of(hide + "import cluscomp_peft.compress.checkpoint"),
-            "cluscomp compress": peak_of(run, "compress", dense, target, *flags),
-        }
+        code = hide + "from cluscomp_peft.cli import main; sys.exit(main(sys.argv[1:]))"
+        flags = ["--bits", str(options.bits), "--quality", options.quality]
+        peak = peak_of(code, "compress", dense, target, *flags)
         seconds = time.perf_counter() - started
         with open(os.path.join(target, "cluscomp_report.json"), encoding="utf-8") as file:
-            summary = json.load(file)["summary"]
+            true_bits = json.load(file)["summary"]["true_bits"]
         after = sum(entry.stat().st_size for entry in os.scandir(target))
-    print(f"{'':<20}{'MB':>8}")
-    rows = {"dense model": size, "compressed model": after, **{f"peak, {name}": peak for name, peak in peaks.items()}}
-    for name, value in rows.items():
-        print(f"{name:<24}{value / 1e6:>8.0f}")
-    print(f"{seconds:.0f} s, {summary['true_bits']:.3f} true bits per weight")
-    if options.results != "-":
-        content = {"settings": vars(options), "rows": rows, "seconds": seconds, "true_bits": summary["true_bits"]}
-        write_results(options.results, content)
+    return {"peak": peak, "dense": size, "compressed": after, "seconds": seconds, "true_bits": true_bits}
 
 
-def write_dense(folder: str, options: argparse.Namespace) -> int:
+def write_dense(folder: str, shape: Shape) -> int:
     """A random checkpoint, a block a shard; returns its bytes."""
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = shape.config()
+    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -96,24 +89,6 @@ def write_dense(folder: str, options: argparse.Namespace) -> int:
     with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
         json.dump({"metadata": {"total_size": total}, "weight_map": places}, file)
     return total
-
-
-def peak_of(code: str, *arguments: str) -> int:
-    """Bytes of the most memory that a Python process held, read while it runs: the figure of a child that is gone
-    (ru_maxrss) would count what this process held when it started the child."""
-    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
-    peak = 0
-    while child.poll() is None:
-        try:
-            with open(f"/proc/{child.pid}/status", encoding="ascii") as file:
-                lines = [line for line in file if line.startswith("VmHWM")]
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines)])
-        except OSError:
-            break
-        time.sleep(0.02)
-    if child.wait() != 0:
-        raise RuntimeError(f"{' '.join(arguments) or code} failed with status {child.returncode}")
-    return peak
 
 
 if __name__ == "__main__":

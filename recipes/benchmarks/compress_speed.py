@@ -1,10 +1,10 @@
-"""Clusters every matrix of a random Llama: minutes, peak memory, and whether the estimate on the way was true.
+"""How long does clustering a model take, what does it hold, and is the estimate on the way true?
 
     python recipes/benchmarks/compress_speed.py                    # the shape of Llama-3.2-1B at 3 bits
 
 Matrices are random bf16, made one by one and dropped once clustered, as many at once as there are threads; settings
 come from `--bits` as in `cluscomp compress`. The estimate is time so far / share of the weights done, taken after a
-tenth, a quarter and half of the weights, over the time that it took in the end. Writes results/compress_speed.json.
+tenth, a quarter and half of the weights, over the time that it took in the end.
 """
 
 from __future__ import annotations
@@ -14,71 +14,89 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
-from memory import read_status, write_results
+from harness import Results, Row, arguments, settings_of, table
+from random_models import Shape, add_shape, shape_of
+from timing import read_status
 from tqdm import tqdm
 
 from cluscomp_peft.compress.policy import Policy
 
+SHAPE = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocab=128256)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=float, default=3.0)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--kv", type=int, default=512, help="outputs of k_proj and v_proj")
+    parser = arguments(__doc__, "compress_speed")
+    add_shape(parser, SHAPE)
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0])
     parser.add_argument("--quality", default="default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    hidden, wide, kv = options.hidden, options.intermediate, options.kv
-    layer = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(wide, hidden)] * 2 + [(hidden, wide)]
-    shapes = layer * options.layers
-    total = sum(out_features * in_features for out_features, in_features in shapes)
+    settings = settings_of(options)
+    del settings["bits"]
+    results = Results(options.results, settings, options.fresh)
+    rows = results.complete([{"bits": bits} for bits in options.bits], lambda job: measure(job["bits"], options))
+    columns = {
+        "bits": "{bits:g}",
+        "weights": lambda row: f"{row['weights'] / 1e6:.0f} M",
+        "matrices": "{matrices}",
+        "minutes": "{minutes:.1f}",
+        "true bits": "{true_bits:.3f}",
+        "relative error": "{relative_error:.4f}",
+        "peak, MB": lambda row: f"{row['peak_bytes'] / 1e6:.0f}",
+        "estimate / truth": lambda row: ", ".join(
+            f"{value:.2f} at {float(share):.0%}" for share, value in row["estimate / truth"].items()
+        ),
+    }
+    print(table(rows, columns))
 
-    cluster(shapes[2], 0, options)  # compiled before anything is timed
+
+def measure(bits: float, options: argparse.Namespace) -> Row:
+    """Clusters every matrix once."""
+    shape = shape_of(options)
+    sizes = shape.matrices() * shape.layers
+    total = sum(in_features * out_features for in_features, out_features in sizes)
+    cluster(min(sizes), 0, bits, options.quality)  # compiled before anything is timed
     before, started = read_status("VmRSS"), time.perf_counter()
     done, stored, square, norm = 0, 0.0, 0.0, 0.0
-    marks = {0.1: None, 0.25: None, 0.5: None}
+    marks: dict[float, float | None] = {0.1: None, 0.25: None, 0.5: None}
     with ThreadPoolExecutor(options.threads) as pool, tqdm(total=total, unit="weight", unit_scale=True) as bar:
-        jobs, waiting = set(), list(enumerate(shapes))
+        jobs, waiting = set(), list(enumerate(sizes))
         while waiting or jobs:
             while waiting and len(jobs) < options.threads:
-                number, shape = waiting.pop(0)
-                jobs.add(pool.submit(cluster, shape, number, options))
+                number, size = waiting.pop(0)
+                jobs.add(pool.submit(cluster, size, number, bits, options.quality))
             finished, jobs = wait(jobs, return_when=FIRST_COMPLETED)
             for job in finished:
-                weights, bits, error, energy = job.result()
-                done, stored, square, norm = done + weights, stored + weights * bits, square + error, norm + energy
+                weights, true_bits, error, energy = job.result()
+                done, stored, square, norm = (
+                    done + weights,
+                    stored + weights * true_bits,
+                    square + error,
+                    norm + energy,
+                )
                 bar.update(weights)
                 for share in marks:
                     if marks[share] is None and done >= share * total:
                         marks[share] = (time.perf_counter() - started) * total / done
     seconds = time.perf_counter() - started
-    row = {
+    return {
         "weights": total,
-        "matrices": len(shapes),
+        "matrices": len(sizes),
         "minutes": seconds / 60,
         "true_bits": stored / total,
         "relative_error": (square / norm) ** 0.5,
         "peak_bytes": read_status("VmHWM") - before,
-        "estimate / truth": {share: estimate / seconds for share, estimate in marks.items() if estimate},
+        "estimate / truth": {str(share): estimate / seconds for share, estimate in marks.items() if estimate},
     }
-    print("| weights | matrices | minutes | true bits | relative error | peak, MB | estimate / truth |")
-    print("|---:|---:|---:|---:|---:|---:|---|")
-    estimates = ", ".join(f"{value:.2f} at {share:.0%}" for share, value in row["estimate / truth"].items())
-    print(
-        f"| {total / 1e6:.0f} M | {len(shapes)} | {row['minutes']:.1f} | {row['true_bits']:.3f} "
-        f"| {row['relative_error']:.4f} | {row['peak_bytes'] / 1e6:.0f} | {estimates} |"
-    )
-    write_results("compress_speed", {"settings": vars(options), "row": row})
 
 
 @torch.no_grad()
-def cluster(shape: tuple[int, int], number: int, options: argparse.Namespace) -> tuple[int, float, float, float]:
-    """Weights, true bits, squared error and squared norm of one random matrix."""
-    out_features, in_features = shape
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).mul_(0.02).bfloat16()
-    policy = Policy(bits=options.bits, quality=options.quality)
+def cluster(size: tuple[int, int], number: int, bits: float, quality: str) -> tuple[int, float, float, float]:
+    """Weights, true bits, squared error and squared norm of one random matrix, (in, out)."""
+    in_features, out_features = size
+    generator = torch.Generator().manual_seed(number)
+    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+    policy = Policy(bits=bits, quality=quality)
     layer = policy.cluster("matrix", weight, policy.spec_for("matrix", out_features, in_features), threads=1)
     error = float((layer.decode(torch.float32) - weight).square().sum())
     return weight.numel(), layer.true_bits, error, float(weight.float().square().sum())

@@ -1,7 +1,7 @@
-"""Quality of finetuning: full finetuning, LoRA, DoRA, QLoRA, and ClusComp on compressed bases, rates swept for each.
+"""What does finetuning gain? Full, LoRA, DoRA, QLoRA, and ClusComp on compressed bases, rates swept for each.
 
     python recipes/benchmarks/finetune_quality.py MODEL --train gsm8k_train.jsonl --valid gsm8k_valid.jsonl \\
-        --pretraining tinystories.jsonl --name tinystories-656k-gsm8k
+        --pretraining tinystories.jsonl --results finetune_quality_tinystories-656k-gsm8k
     python recipes/benchmarks/finetune_quality.py MODEL --train dolly.jsonl --hold_out 100 --pretraining …
 
     full            every weight of the dense model                    full linears    its linear layers alone
@@ -21,27 +21,25 @@ are those of `delta_scale=256`, for models of all sizes.
                 minus the dense model's before
     peak        memory of the run's process above what it had with its imports
 
-Each run is a process; what is known already (results/finetune_quality_NAME.json) is not run again.
+Each run is a process and a row of the results; "summary" there has what the table shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
-from memory import read_status, write_results
+from harness import Results, Row, answer, arguments, child, cosine, settings_of, split_text, table, write_text
 from peft import LoraConfig, get_peft_model
 from random_models import nf4_layer
+from timing import forget_process_peak, read_status
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -51,12 +49,12 @@ from cluscomp_peft.compress.calibration.text import read_documents, token_window
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 RANK = 16
+NAMES = ("method", "rate", "seed", "environment")  # of a run, beside its numbers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, None)
     parser.add_argument("model", help="folder of a dense checkpoint")
     parser.add_argument("--train", required=True, help="to finetune on")
     parser.add_argument("--valid", help="to measure the loss on; without it the last --hold_out documents of --train")
@@ -70,12 +68,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--only", nargs="+", help="methods to run, by their first word")
-    parser.add_argument("--name", required=True, help="of the results")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--bases", help="folder of the compressed models, to keep them; by default a temporary one")
     options = parser.parse_args()
-    if options.run is not None:
-        print(json.dumps(run(json.loads(options.run), options)))
+    if answer(options, partial(run, options=options)):
         return
     with tempfile.TemporaryDirectory() as folder:
         options.bases = options.bases or folder
@@ -87,16 +82,11 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.settings = {key: getattr(options, key) for key in ("steps", "batch", "seqlen", "hold_out")}
-        self.settings["train"] = os.path.basename(options.train)
-        self.path = f"finetune_quality_{options.name}"
-        self.runs: dict[str, dict[str, Any]] = {}
-        known = os.path.join(HERE, "results", f"{self.path}.json")
-        if os.path.exists(known):
-            with open(known, encoding="utf-8") as file:
-                content = json.load(file)
-            if content["settings"] == self.settings:
-                self.runs = content["runs"]
+        settings = settings_of(options, "steps", "batch", "seqlen", "hold_out", "train")
+        self.results = Results(options.results, settings, options.fresh)
+        if options.fresh:
+            # The rates of an older sweep would say where this one ends.
+            self.results.forget(lambda row: row["method"] in self.methods())
 
     def methods(self) -> list[str]:
         found = ["full", "full linears", "lora", "dora", "qlora", f"lora {self.options.bits[0]:g}"]
@@ -106,77 +96,75 @@ class Benchmark:
 
     def table(self) -> None:
         compress_all(self.options)
-        jobs = [(method, first_rate(method) * factor, 0) for method in self.methods() for factor in (0.5, 1, 2)]
+        jobs = [job_of(method, first_rate(method) * factor) for method in self.methods() for factor in (0.5, 1, 2)]
         while jobs:
             self.complete(jobs)
-            jobs = [(method, rate, 0) for method in self.methods() for rate in self.neighbours(method)]
+            jobs = [job_of(method, rate) for method in self.methods() for rate in self.neighbours(method)]
         best = {method: self.best_rate(method) for method in self.methods()}
-        self.complete([(method, best[method], seed) for seed in range(1, self.options.seeds) for method in best])
+        self.complete([job_of(method, best[method], seed) for seed in range(1, self.options.seeds) for method in best])
         self.report(best)
 
-    def complete(self, jobs: list[tuple[str, float, int]]) -> None:
-        """Runs what is not known yet, and writes every result as it comes."""
-        jobs = [job for job in jobs if key_of(*job) not in self.runs]
+    def complete(self, jobs: list[Row]) -> None:
+        def one(job: Row) -> Row:
+            return child(
+                __file__, job, "--bases", self.options.bases, environment={"OMP_NUM_THREADS": "1"}
+            )  # one thread each
 
-        def one(job: tuple[str, float, int]) -> tuple[str, subprocess.CompletedProcess]:
-            row = dict(zip(("method", "rate", "seed"), job, strict=True))
-            command = [sys.executable, __file__, *sys.argv[1:], "--bases", self.options.bases]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command += ["--run", json.dumps(row)]
-            return key_of(*job), subprocess.run(command, capture_output=True, text=True, env=environment)
+        self.results.complete(jobs, one, self.options.jobs)
+        if self.results.failed:
+            raise SystemExit(f"{len(self.results.failed)} runs failed; the same call tries them again.")
 
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            for key, result in pool.map(one, jobs):
-                if result.returncode:
-                    raise SystemExit(f"{key}: {result.stderr.strip().splitlines()[-1]}")
-                self.runs[key] = json.loads(result.stdout.strip().splitlines()[-1])
-                print(key, json.dumps(self.runs[key]), file=sys.stderr, flush=True)
-                write_results(self.path, {"settings": self.settings, "runs": self.runs})
+    def loss(self, method: str, rate: float) -> float | None:
+        """Of the first seed, where it ran; infinite where it diverged."""
+        row = self.results.find(job_of(method, rate))
+        return None if row is None else row["loss"] if math.isfinite(row["loss"]) else math.inf
 
     def best_rate(self, method: str) -> float:
-        return min(self.rates(method), key=lambda rate: self.runs[key_of(method, rate, 0)]["loss"])
-
-    def rates(self, method: str) -> list[float]:
-        """Those that the first seed ran at."""
         rates = [first_rate(method) * 2.0**power for power in range(-12, 13)]
-        return [rate for rate in rates if key_of(method, rate, 0) in self.runs]
+        losses = {rate: loss for rate in rates if (loss := self.loss(method, rate)) is not None}
+        return min(losses, key=lambda rate: losses[rate])
 
     def neighbours(self, method: str) -> list[float]:
         """The rates next to the best one that have not run."""
         best = self.best_rate(method)
-        return [rate for rate in (best / 2, best * 2) if key_of(method, rate, 0) not in self.runs]
+        return [rate for rate in (best / 2, best * 2) if self.loss(method, rate) is None]
 
     def report(self, best: dict[str, float]) -> None:
-        rows = {}
+        rows: dict[str, Row] = {}
         for method, rate in best.items():
-            seeds = [self.runs[key_of(method, rate, seed)] for seed in range(self.options.seeds)]
-            row = {key: statistics.mean(run[key] for run in seeds) for key in seeds[0]}
-            row["spread"] = statistics.stdev(run["loss"] for run in seeds) if len(seeds) > 1 else 0.0
-            rows[method] = {**row, "rate": rate}
+            seeds = [self.results.find(job_of(method, rate, seed)) for seed in range(self.options.seeds)]
+            runs = [run for run in seeds if run is not None]
+            row = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key not in NAMES}
+            row["spread"] = statistics.stdev(run["loss"] for run in runs) if len(runs) > 1 else 0.0
+            rows[method] = {"method": method, "rate": rate, **row}
         reference = rows.get("full linears")
         for row in rows.values():
             gain = row["before"] - row["loss"]
-            row["share"] = gain / (reference["before"] - reference["loss"]) if reference else math.nan
-        write_results(self.path, {"settings": self.settings, "runs": self.runs, "rows": rows})
-        print(
-            "| method | rate | base bits | merged bits | loss | ± | share | trained | adapter, KB | forgetting "
-            "| step, s | peak, MB |\n|---|" + "---:|" * 11
-        )
-        for method, row in rows.items():
-            print(
-                f"| {method} | {row['rate']:g} | {row['bits']:.2f} | "
-                f"{row['merged_bits']:.2f} | {row['loss']:.4f} | {row['spread']:.4f} | {100 * row['share']:.1f} % | "
-                f"{row['trained']:,.0f} | {row['adapter_bytes'] / 1e3:,.0f} | {row['forgetting']:.2f} | "
-                f"{row['step']:.2f} | {row['peak_mb']:.0f} |"
-            )
+            row["share"] = gain / (reference["before"] - reference["loss"]) if reference else None
+        self.results.note(summary=list(rows.values()))
+        columns = {
+            "method": "{method}",
+            "rate": "{rate:g}",
+            "base bits": "{bits:.2f}",
+            "merged bits": "{merged_bits:.2f}",
+            "loss": "{loss:.4f}",
+            "±": "{spread:.4f}",
+            "share": "{share:.1%}",
+            "trained": "{trained:,.0f}",
+            "adapter, KB": lambda row: f"{row['adapter_bytes'] / 1e3:,.0f}",
+            "forgetting": "{forgetting:.2f}",
+            "step, s": "{step:.2f}",
+            "peak, MB": "{peak_mb:.0f}",
+        }
+        print(table(rows.values(), columns))
 
 
 def first_rate(method: str) -> float:
     return 2e-4 if method.startswith("cluscomp") else 2e-2  # 0.02 suits models as small as these
 
 
-def key_of(method: str, rate: float, seed: int) -> str:
-    return f"{method}, rate {rate:g}, seed {seed}"
+def job_of(method: str, rate: float, seed: int = 0) -> Row:
+    return {"method": method, "rate": rate, "seed": seed}
 
 
 def compress_all(options: argparse.Namespace) -> None:
@@ -187,30 +175,24 @@ def compress_all(options: argparse.Namespace) -> None:
         if os.path.exists(target):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            text = os.path.join(folder, "calibration.jsonl")
-            with open(text, "w", encoding="utf-8") as file:
-                for document in pretraining_documents(options, tokenizer)[0]:
-                    file.write(json.dumps({"text": document}) + "\n")
+            documents, _ = pretraining_documents(options, tokenizer)
+            text = write_text(os.path.join(folder, "calibration.jsonl"), documents)
             compress_checkpoint(
                 options.model, target, cluscomp_peft.ClusCompQuantizationConfig(bits=bits), calibration=text
             )
 
 
-def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+def run(job: Row, options: argparse.Namespace) -> Row:
     """One finetuning; what the table needs of it."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    documents = read_documents(options.train, tokenizer)
-    if options.valid is None:
-        documents, held_out = documents[: -options.hold_out], documents[-options.hold_out :]
-    else:
-        held_out = read_documents(options.valid, tokenizer)
+    documents, held_out = split_text(options.train, options.valid, options.hold_out, tokenizer)
     train = full_windows(documents, tokenizer, options.seqlen)
     valid = full_windows(held_out, tokenizer, options.seqlen, max_tokens=20_000)
     _, before_text = pretraining_documents(options, tokenizer)
     pretraining = full_windows(before_text, tokenizer, options.seqlen, max_tokens=20_000)
     start = read_status("VmRSS")
-    _forget_peak()
+    forget_process_peak()
 
     set_seed(job["seed"])
     dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -218,11 +200,7 @@ def run(job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     model, bits = prepared(job["method"], dense, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.0)
-    warm_up = max(1, round(0.05 * options.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / options.steps)),
-    )
+    schedule = cosine(optimizer, options.steps)
     generator = torch.Generator().manual_seed(job["seed"])
     rounds = 1 + options.steps * options.batch // len(train)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
@@ -318,11 +296,6 @@ def loss_of(model: Any, windows: torch.Tensor) -> float:
         losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in windows.split(16)]
     model.train()
     return sum(losses) / len(windows)
-
-
-def _forget_peak() -> None:
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-        file.write("5")
 
 
 if __name__ == "__main__":

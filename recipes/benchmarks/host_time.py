@@ -1,4 +1,4 @@
-"""What a layer costs a host beside its kernels: microseconds of Python and torch in a call, kernels replaced by stubs.
+"""What does a layer cost a host beside its kernels? Microseconds of Python and torch in a call, kernels stubbed out.
 
     python recipes/benchmarks/host_time.py
 
@@ -13,13 +13,12 @@ On a GPU the same code runs ahead of the kernels; where it takes longer than the
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from memory import write_results
+from harness import Results, Row, arguments, settings_of, table
 from peft import get_peft_model
 from torch import nn
 
@@ -28,24 +27,29 @@ from cluscomp_peft.ops import backends
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "host_time")
     parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--output", default="host_time", help="name under results/, or a path without .json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    results = Results(options.results, settings_of(options), options.fresh)
     stub()
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     config = ClusCompConfig(target_modules=["0"], group_size=4, num_clusters=16, rank=16, train_scales=True)
     layer = get_peft_model(model, config).base_model.model[0]
     token, x, upstream = torch.randn(1, 64), torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
-    with torch.no_grad():
-        found = {"frozen": microseconds(lambda: layer.base_layer(token), options.calls)}
-        found["adapted"] = microseconds(lambda: layer(token), options.calls)
-    found["forward"] = microseconds(lambda: layer(x), options.calls)
-    found["training"] = microseconds(lambda: layer(x).backward(upstream), options.calls)
-    for name, value in found.items():
-        print(f"{name:<10}{value:8.1f} µs")
-    write_results(options.output, {"settings": vars(options), "microseconds": found})
+    calls: dict[str, Callable[[], object]] = {
+        "frozen": lambda: layer.base_layer(token),
+        "adapted": lambda: layer(token),
+        "forward": lambda: layer(x),
+        "training": lambda: layer(x).backward(upstream),
+    }
+
+    def measure(job: Row) -> Row:
+        with torch.set_grad_enabled(job["call"] in ("forward", "training")):
+            return {"microseconds": microseconds(calls[job["call"]], options.calls)}
+
+    rows = results.complete([{"call": name} for name in calls], measure)
+    print(table(rows, {"call": "{call}", "µs": "{microseconds:.1f}"}))
 
 
 def stub() -> None:

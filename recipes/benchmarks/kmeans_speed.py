@@ -1,7 +1,7 @@
-"""Speed of K-means on the CPU: this package's engine against faiss (IndexFlatL2) and scikit-learn, same points.
+"""How fast is K-means on a CPU? This package's engine against faiss (IndexFlatL2) and scikit-learn, same points.
 
-    python recipes/benchmarks/kmeans_speed.py                                # everything, about an hour
-    python recipes/benchmarks/kmeans_speed.py --rows 4:4096 --scale 0.02     # a quick look, not written
+    python recipes/benchmarks/kmeans_speed.py                                           # everything, about an hour
+    python recipes/benchmarks/kmeans_speed.py --rows 4:4096 --scale 0.02 --results -    # a quick look
 
 The yardstick is what users run today: 20 exact Lloyd iterations from random points. For each row of d, N and n,
 
@@ -24,28 +24,25 @@ Targets, one thread: ≥ 130 × faiss at d = 4, ≥ 45 × at d = 6, ≥ 30 × at
 any d; excess ≤ 1e-6 for d ≤ 6 and ≤ 0.3 % above; two threads ≥ 1.7 × one; compilation < 20 s at the first use ever
 and < 2 s at the first of a process.
 
-Needs faiss-cpu and scikit-learn. Writes results/kmeans_speed.json; rows that are not run again keep their numbers.
+Needs faiss-cpu and scikit-learn.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import faiss
-import llvmlite.binding
 import numpy as np
 import torch
-from memory import write_results
+from harness import Results, Row, arguments, interleaved, ratio, settings_of, table
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
@@ -80,10 +77,10 @@ print(seconds[0] - seconds[1], info.engine)
 
 
 def main() -> None:
-    names = [f"{d}:{n}" for d, _, n in ROWS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="d:n", help=" ".join(names))
-    parser.add_argument("--scale", type=float, default=1.0, help="shrinks N and n; nothing is written then")
+    names = {f"{d}:{n}": (d, total, n) for d, total, n in ROWS}
+    parser = arguments(__doc__, "kmeans_speed")
+    parser.add_argument("--rows", nargs="+", choices=names, default=[*names], metavar="d:n", help=" ".join(names))
+    parser.add_argument("--scale", type=float, default=1.0, help="shrinks N and n")
     parser.add_argument("--gaussian", action="store_true", help="Gaussian points instead of random weights")
     parser.add_argument("--file", help="safetensors file whose matrices are clustered too; N and n shrink to fit")
     parser.add_argument("--threads", type=int, default=1)
@@ -98,34 +95,52 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
-    _cluster(torch.randn(20000, 8), 512, 3, options.threads)  # compiled before anything is timed
+    cluster(torch.randn(20000, 8), 512, 3, options.threads)  # compiled before anything is timed
 
     kinds = ["gaussian" if options.gaussian else "weights", *([options.file] if options.file else [])]
-    table = []
+    paths = {os.path.basename(kind): kind for kind in kinds}
+    results = Results(options.results, settings_of(options, "threads", "scale"), options.fresh)
+    known = Results(
+        "-" if options.results == "-" else "kmeans_reference", {"iterations": ITERATIONS}, options.reference
+    )
+
+    def of(job: Row) -> tuple[str, int, int, int]:
+        d, total, n = names[job["row"]]
+        return paths[job["points"]], d, int(total * options.scale), max(16, int(n * options.scale))
+
+    jobs = [{"job": "speed", "points": name, "row": row} for name in paths for row in options.rows]
     with threadpool_limits(options.threads):
-        for kind in kinds:
-            for dim, total, clusters in ROWS:
-                if f"{dim}:{clusters}" not in options.rows:
-                    continue
-                row = measure(kind, dim, int(total * options.scale), max(16, int(clusters * options.scale)), options)
-                if (dim, clusters) in TWO_THREADS and kind == kinds[0]:
-                    row["two threads"] = two_threads(kind, row, options.repeat)
-                table.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                _save(options, table, None)
-    compilation = None if options.no_compile else compile_seconds()
-    _save(options, table, compilation)
-    print(markdown(table))
-    for row in table:
-        if "two threads" in row:
-            print(f"\ntwo threads, d = {row['d']}, n = {row['n']}: {row['two threads']:.2f} × one")
-    if compilation is not None:
-        print(
-            f"\ncompilation: {compilation['first']:.1f} s, later {compilation['later']:.1f} s", compilation["engine"]
-        )
+        rows = results.complete(jobs, lambda job: measure(*of(job), known, options))
+        twice = [
+            {**job, "job": "two threads"}
+            for job in jobs
+            if job["points"] == os.path.basename(kinds[0]) and names[job["row"]][::2] in TWO_THREADS
+        ]
+        faster = results.complete(twice, lambda job: two_threads(*of(job), options.repeat))
+    compiled = [] if options.no_compile else results.complete([{"job": "compilation"}], lambda _: compile_seconds())
+    columns = {
+        "points": "{points}",
+        "d": "{d}",
+        "N": "{N:,}",
+        "n": "{n:,}",
+        "faiss, 20 its, s": "{faiss:,.1f}",
+        "sklearn, 20 its, s": lambda row: "too slow" if row["sklearn"] is None else f"{row['sklearn']:,.0f}",
+        "ours to reach, s": lambda row: "not reached" if row["ours"] is None else f"{row['ours']:.2f}",
+        "faiss / ours": "{ratio:.0f}",
+        "its": "{iterations}",
+        "objective at 20 its / yardstick": lambda row: (
+            f"{row['objective']:.4f}{'' if row['exact yardstick'] else ' (near)'}"
+        ),
+        "assign excess": "{excess:.1e}",
+    }
+    print(table(rows, columns))
+    for row in faster:
+        print(f"\ntwo threads, {row['points']} {row['row']}: {row['speed']:.2f} × one")
+    for row in compiled:
+        print(f"\ncompilation: {row['first']:.1f} s, later {row['later']:.1f} s ({row['engine']})")
 
 
-def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Namespace) -> dict:
+def measure(kind: str, dim: int, total: int, clusters: int, known: Results, options: argparse.Namespace) -> Row:
     """One row: all engines on the same points."""
     points = make_points(kind, dim, total)
     # What there is of a file decides how much of the row's size is left.
@@ -133,10 +148,10 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
     threads = options.threads
     generator = torch.Generator().manual_seed(0)
     start = points[torch.randperm(total, generator=generator)[:clusters]]
-    yardstick, exact = reference(kind, points, start, options)
+    yardstick, exact = reference(kind, points, start, known, options)
 
-    objectives: list[float] = [_cluster(points, clusters, 0, threads)[2]]
-    centroids, _, final, _ = _cluster(
+    objectives: list[float] = [cluster(points, clusters, 0, threads)[2]]
+    centroids, _, final, _ = cluster(
         points, clusters, ITERATIONS, threads, lambda _, objective: objectives.append(objective)
     )
     iterations = next((i for i, objective in enumerate(objectives) if objective <= yardstick), None)
@@ -149,30 +164,33 @@ def measure(kind: str, dim: int, total: int, clusters: int, options: argparse.Na
     index.add(centroids.numpy())
     few = points[torch.randperm(total, generator=generator)[: max(1 << 16, 2 * clusters)]].contiguous()
     more = 6 if clusters <= 4096 else 2
-    times: dict[str, list[float]] = {"faiss": [], "sklearn": [], "ours": []}
-    for repeat in range(options.repeat):
-        times["faiss"].append(_seconds(lambda: index.search(queries.numpy(), 1)) * total / count * ITERATIONS)
-        if iterations is not None:
-            times["ours"].append(_seconds(lambda: _cluster(points, clusters, iterations, threads)))
-        if clusters * len(few) <= PAIRS and (repeat == 0 or clusters <= 4096):
-            spent = [_seconds(lambda i=i: _sklearn(few, clusters, i)) for i in (1, more)]
-            times["sklearn"].append((spent[1] - spent[0]) / (more - 1) * total / len(few) * ITERATIONS)
-    seconds = {engine: statistics.median(spent) if spent else None for engine, spent in times.items()}
+    jobs: dict[str, Callable[[], object]] = {"faiss": lambda: index.search(queries.numpy(), 1)}
+    if iterations is not None:
+        jobs["ours"] = partial(cluster, points, clusters, iterations, threads)
+    if clusters * len(few) <= PAIRS:
+        jobs |= {f"sklearn {steps}": partial(scikit_learn, few, clusters, steps) for steps in (1, more)}
+    times = interleaved(jobs, "cpu", options.repeat, warm_up=False)
+    faiss_seconds = statistics.median(times["faiss"]) * total / count * ITERATIONS
+    ours = statistics.median(times["ours"]) if "ours" in times else None
+    sklearn = None
+    if "sklearn 1" in times:
+        spent = [b - a for a, b in zip(times["sklearn 1"], times[f"sklearn {more}"], strict=True)]
+        sklearn = statistics.median(spent) / (more - 1) * total / len(few) * ITERATIONS
 
     codes = cpu.assign(points, centroids, threads=threads)[0][sample]
     best = torch.from_numpy(index.search(queries.numpy(), 1)[1][:, 0])
     return {
-        "points": os.path.basename(kind),
         "d": dim,
         "N": total,
         "n": clusters,
-        "faiss": seconds["faiss"],
-        "sklearn": seconds["sklearn"],
-        "ours": seconds["ours"],
-        "ratio": seconds["faiss"] / seconds["ours"] if seconds["ours"] else None,
+        "faiss": faiss_seconds,
+        "sklearn": sklearn,
+        "ours": ours,
+        "ratio": faiss_seconds / ours if ours else None,
         "iterations": iterations,
         "objective": final / yardstick,
         "exact yardstick": exact,
+        "repeat": options.repeat,
         "excess": _error(queries, centroids, codes) / _error(queries, centroids, best) - 1,
     }
 
@@ -196,27 +214,25 @@ def make_points(kind: str, dim: int, total: int) -> torch.Tensor:
     return group(weight.bfloat16(), dim).reshape(-1, dim)[:total].float()
 
 
-def reference(kind: str, points: torch.Tensor, start: torch.Tensor, options: argparse.Namespace) -> tuple[float, bool]:
+def reference(
+    kind: str, points: torch.Tensor, start: torch.Tensor, known: Results, options: argparse.Namespace
+) -> tuple[float, bool]:
     """The yardstick's objective, after 20 updates, each followed by an assignment, and whether these were exact."""
     (total, dim), clusters = points.shape, len(start)
-    key = f"{os.path.basename(kind)} d={dim} N={total} n={clusters}"
-    known = _load("kmeans_reference").get("objectives", {})
+    job = {"points": os.path.basename(kind), "d": dim, "N": total, "n": clusters, "exact": True}
     near = options.near_reference and dim > 6
-    if not options.reference:
-        if key in known:
-            return known[key], True
-        key += " near" if near else ""
-        if key in known:
-            return known[key], False
+    if near and (options.reference or known.find(job) is None):
+        job["exact"] = False
     threads = os.cpu_count() or 1
-    if near:
-        objective = cpu.lloyd_cells(points, len(start), None, start, ITERATIONS, 0.0, 0, threads, None)[2]
-    else:
-        objective = exact_lloyd(points, start, threads)
-    if options.scale == 1:
-        settings = {"iterations": ITERATIONS, "start": "random points"}
-        write_results("kmeans_reference", {"settings": settings, "objectives": {**known, key: objective}})
-    return objective, not near
+
+    def compute(job: Row) -> Row:
+        if job["exact"]:
+            return {"objective": exact_lloyd(points, start, threads)}
+        found = cpu.lloyd_cells(points, clusters, None, start, ITERATIONS, 0.0, 0, threads, None)
+        return {"objective": found[2]}
+
+    (row,) = known.complete([job], compute)
+    return row["objective"], row["exact"]
 
 
 def exact_lloyd(points: torch.Tensor, centroids: torch.Tensor, threads: int) -> float:
@@ -248,17 +264,16 @@ def nearest(points: torch.Tensor, centroids: torch.Tensor, threads: int) -> tupl
     return torch.from_numpy(codes).long(), torch.from_numpy(distances)
 
 
-def two_threads(kind: str, row: dict, repeat: int) -> float:
+def two_threads(kind: str, dim: int, total: int, clusters: int, repeat: int) -> Row:
     """How many times faster a whole run is with two threads than with one."""
-    points = make_points(kind, row["d"], row["N"])
-    times: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(repeat):
-        for threads, spent in times.items():
-            spent.append(_seconds(lambda threads=threads: _cluster(points, row["n"], ITERATIONS, threads)))
-    return statistics.median(times[1]) / statistics.median(times[2])
+    points = make_points(kind, dim, total)
+    clusters = max(2, clusters * len(points) // total)
+    jobs = {str(count): partial(cluster, points, clusters, ITERATIONS, count) for count in (1, 2)}
+    times = interleaved(jobs, "cpu", repeat, warm_up=False)
+    return {"speed": ratio(times["1"], times["2"]), "repeat": repeat}
 
 
-def compile_seconds() -> dict[str, float | str]:
+def compile_seconds() -> Row:
     """What the first call of a process takes longer than the second: without a cache of compiled code, and with it."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
@@ -270,28 +285,7 @@ def compile_seconds() -> dict[str, float | str]:
     return {"first": float(outputs[0][0]), "later": float(outputs[1][0]), "engine": outputs[0][1]}
 
 
-def markdown(table: list[dict]) -> str:
-    lines = [
-        "| points | d | N | n | faiss, 20 its, s | sklearn, 20 its, s | ours to reach, s | faiss / ours | its "
-        "| objective at 20 its / yardstick | assign excess |",
-        "|---|" + "---:|" * 10,
-    ]
-    for row in table:
-        sklearn = f"{row['sklearn']:,.0f}" if row["sklearn"] is not None else "too slow"
-        ours = ("not reached", "", "")
-        if row["iterations"] is not None:
-            ours = (f"{row['ours']:.2f}", f"{row['ratio']:.0f}", str(row["iterations"]))
-        cells = [row["points"], str(row["d"]), f"{row['N']:,}", f"{row['n']:,}", f"{row['faiss']:,.1f}", sklearn]
-        cells += [
-            *ours,
-            f"{row['objective']:.4f}{'' if row['exact yardstick'] else ' (near)'}",
-            f"{row['excess']:.1e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cluster(
+def cluster(
     points: torch.Tensor,
     clusters: int,
     iterations: int,
@@ -301,45 +295,13 @@ def _cluster(
     return cpu.lloyd_cells(points, clusters, None, None, iterations, 0.0, 0, threads, progress)
 
 
-def _sklearn(points: torch.Tensor, clusters: int, iterations: int) -> None:
+def scikit_learn(points: torch.Tensor, clusters: int, iterations: int) -> None:
     start = points[:clusters].numpy()
     KMeans(clusters, init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(points.numpy())
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def _error(points: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor) -> float:
     return float((points.double() - centroids[codes].double()).square().sum())
-
-
-def _load(name: str) -> dict:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", f"{name}.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _save(options: argparse.Namespace, table: list[dict], compilation: dict | None) -> None:
-    if options.scale != 1:
-        return
-    known = _load("kmeans_speed")
-    settings = {"threads": options.threads, "repeat": options.repeat, "iterations": ITERATIONS}
-    rows = known.get("rows", {}) if known.get("settings") == settings else {}
-    rows.update({f"{row['points']} d={row['d']} N={row['N']} n={row['n']}": row for row in table})
-    libraries = ("faiss-cpu", "scikit-learn", "numba", "numpy")
-    content = {
-        "settings": settings,
-        "rows": rows,
-        "compilation": compilation or known.get("compilation"),
-        "libraries": {name: importlib.metadata.version(name) for name in libraries},
-        "processor": llvmlite.binding.get_host_cpu_name(),
-    }
-    write_results("kmeans_speed", content)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Which learning rate suits, over models, bits, ranks and batches, in runs as short as people's first ones?
 
     python recipes/benchmarks/learning_rates.py MODEL --train gsm8k_train.jsonl --valid gsm8k_valid.jsonl \\
-        --bits 4.3 3.1 2.1 --ranks 8 16 64 --batches 1 4 32 --output rates.jsonl --device cuda --jobs 8
+        --bits 4.3 3.1 2.1 --ranks 8 16 64 --batches 1 4 32 --device cuda --jobs 8
 
 MODEL is a dense checkpoint, clustered here once for each number of bits (`--folder`), without calibration. A run is
 `get_peft_model` and AdamW as in `recipes/sft.py`: warm-up and cosine, gradients clipped at 1, loss on every token of
-rows padded to the longest. All runs of a seed see the same rows in the same order. A row of the output is a run:
+rows padded to the longest. All runs of a seed see the same rows in the same order. A row of the results is a run:
 
     before, loss    held-out loss of the base, and after the last step
     peak            highest held-out loss after a quarter, a half and all of the steps
     train           losses of the steps
 
-The output is added to as runs end, and what it holds already is not run again: several calls, with other models too,
-make one table. Its columns, for each cell:
+Several calls, with other models too, make one table. Its columns, for all runs that differ in their rate alone:
 
     best            rate with the lowest loss, in brackets if it is the lowest or highest that ran
     at best, at R   gain, the held-out loss before minus after, at the best rate and at `--default`
@@ -24,16 +23,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
-import sys
 import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from harness import Results, Row, arguments, cosine, table
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -47,7 +45,7 @@ AT_ONCE = 4096  # tokens of a forward pass; larger batches are cut up
 
 
 class Run(NamedTuple):
-    """One line of the output, before it is known."""
+    """What is asked of one row."""
 
     model: str
     data: str
@@ -65,7 +63,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "learning_rates")
     parser.add_argument("model", nargs="?", help="folder of a dense checkpoint; without it the table is printed")
     parser.add_argument("--train", help="to finetune on: .jsonl, .txt, also .xz")
     parser.add_argument("--valid", help="to measure the loss on")
@@ -84,21 +82,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run is started after so many")
     parser.add_argument("--folder", default="outputs/learning_rates", help="where clustered models are kept")
-    parser.add_argument("--output", required=True, help="JSON lines, added to")
     parser.add_argument("--default", type=float, default=2e-4, help="the rate that should be right")
     options = parser.parse_args()
+    results = Results(options.results, {}, options.fresh)
     if options.model is not None:
         if options.train is None or options.valid is None:
             raise SystemExit("a model needs --train and --valid.")
-        measure(options)
-    print_table(read(options.output), options.default)
+        measure(options, results)
+    print_table(results.rows, options.default)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Every run that the output does not hold yet."""
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """Every run that the results do not hold yet."""
     started = time.perf_counter()
     name = os.path.basename(os.path.normpath(options.model))
-    done = {Run(**{key: row[key] for key in Run._fields}) for row in read(options.output)}
     runs = [
         Run(
             name,
@@ -118,7 +115,7 @@ def measure(options: argparse.Namespace) -> None:
         for batch in options.batches
         for rate in options.rates
     ]
-    runs = [run for run in runs if run not in done]
+    runs = [run for run in runs if options.fresh or results.find(run._asdict()) is None]
     if not runs:
         return
     prepare(options, {run.bits for run in runs})
@@ -130,10 +127,8 @@ def measure(options: argparse.Namespace) -> None:
             ready = [result for result in flying if result.ready()]
             flying = [result for result in flying if not result.ready()]
             for result in ready:
-                row = result.get()
-                append(options.output, row)
-                shown = {key: value for key, value in row.items() if key != "train"}
-                print(json.dumps(shown), file=sys.stderr, flush=True)
+                run, measured = result.get()
+                results.add(run._asdict(), measured)
                 if time.perf_counter() - started < 60 * options.minutes:
                     flying += [pool.apply_async(train, (run,)) for run in itertools.islice(pending, 1)]
             time.sleep(0.02)
@@ -186,8 +181,8 @@ def base_of(bits: float) -> tuple[Any, float]:
     return bases[bits]
 
 
-def train(run: Run) -> dict[str, Any]:
-    """One run; its line."""
+def train(run: Run) -> tuple[Run, Row]:
+    """One run, and what came of it."""
     started = time.perf_counter()
     options, rows = _worker["options"], _worker["rows"]["train"]
     base, before = base_of(run.bits)
@@ -196,11 +191,7 @@ def train(run: Run) -> dict[str, Any]:
     model = get_peft_model(base, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
-    warm_up = max(1, round(run.warmup * run.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / run.steps)),
-    )
+    schedule = cosine(optimizer, run.steps, run.warmup)
     generator = torch.Generator().manual_seed(run.seed)
     order = torch.randint(len(rows), (run.steps, run.batch), generator=generator).tolist()
     losses, checks = [], []
@@ -215,8 +206,7 @@ def train(run: Run) -> dict[str, Any]:
             checks.append(held_out(model))
     sizes = sum(parameter.numel() for parameter in trained)
     model.unload()
-    return {
-        **run._asdict(),
+    return run, {
         "before": before,
         "loss": checks[-1],
         "peak": max(checks) if all(map(math.isfinite, checks)) else math.inf,
@@ -264,68 +254,44 @@ def summed_loss(model: Any, rows: list[torch.Tensor], device: str) -> torch.Tens
 # -- the table
 
 
-def append(path: str, row: dict[str, Any]) -> None:
-    """Adds a line; whole lines only, so that calls can share an output."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            cut_off = file.read() != b"\n"
-        else:
-            cut_off = False
-        file.write((b"\n" if cut_off else b"") + json.dumps(row).encode() + b"\n")
-
-
-def read(path: str) -> list[dict[str, Any]]:
-    """The lines of an output; one that was cut off is left out."""
-    if not os.path.exists(path):
-        return []
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
-def print_table(rows: list[dict[str, Any]], default: float) -> None:
-    cells: dict[tuple, dict[float, dict[str, Any]]] = defaultdict(dict)
+def print_table(rows: list[Row], default: float) -> None:
+    cells: dict[tuple, dict[float, Row]] = defaultdict(dict)
     for row in rows:
         run = Run(**{key: row[key] for key in Run._fields})
         cells[run.cell()][run.rate] = row
-    columns = ("bits", "rank", "batch", "steps", "before", "best", "at best", f"at {default:g}", "within", "diverges")
-    print("| " + " | ".join(("model", "data", "unit", *columns)) + " |\n|---|---|---|" + "---:|" * len(columns))
-    for cell in cells.values():
-        print("| " + " | ".join(summary(cell, default)) + " |")
+    columns = {
+        "model": "{model}",
+        "data": lambda row: row["data"].partition(".")[0],
+        "unit": "{delta_scale:g}",
+        **{key: f"{{{key}}}" for key in ("bits", "rank", "batch", "steps")},
+        "before": "{before:.3f}",
+        "best": lambda row: f"{row['best']:.2g}" if row["inside"] else f"({row['best']:.2g})",
+        "at best": "{at best:.3f}",
+        f"at {default:g}": "{at default:.3f}",
+        "within": lambda row: "{:.2g} to {:.2g}".format(*row["within"]),
+        "diverges": "{diverges:.2g}",
+    }
+    print(table([summary(cell, default) for cell in cells.values()], columns))
 
 
-def summary(cell: dict[float, dict[str, Any]], default: float) -> list[str]:
-    """The columns of one cell."""
+def summary(cell: dict[float, Row], default: float) -> Row:
+    """What the table says of a cell: its rows by their rates."""
     rates = sorted(cell)
     one = cell[rates[0]]
     gains = {rate: one["before"] - cell[rate]["loss"] for rate in rates if math.isfinite(cell[rate]["loss"])}
     best = max(gains, key=lambda rate: gains[rate])
-    inside = best not in (rates[0], rates[-1])
     near = [rate for rate in rates if gains.get(rate, -math.inf) >= 0.95 * gains[best]]
     # Going down from the highest rate for as long as they diverge.
     worst = [rate for rate in rates if all(cell[other]["peak"] > one["before"] for other in rates if other >= rate)]
-    at = next((gains.get(rate, -math.inf) for rate in rates if math.isclose(rate, default)), None)
-    return [
-        one["model"],
-        one["data"].partition(".")[0],
-        "" if one["delta_scale"] is None else f"{one['delta_scale']:g}",
-        f"{one['bits']:g}",
-        str(one["rank"]),
-        str(one["batch"]),
-        str(one["steps"]),
-        f"{one['before']:.3f}",
-        f"{best:.2g}" if inside else f"({best:.2g})",
-        f"{gains[best]:.3f}",
-        "" if at is None else f"{at:.3f}",
-        f"{near[0]:.2g} to {near[-1]:.2g}",
-        f"{worst[0]:.2g}" if worst else "",
-    ]
+    return {
+        **one,
+        "best": best,
+        "inside": best not in (rates[0], rates[-1]),
+        "at best": gains[best],
+        "at default": next((gains.get(rate, -math.inf) for rate in rates if math.isclose(rate, default)), None),
+        "within": (near[0], near[-1]),
+        "diverges": worst[0] if worst else None,
+    }
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ fp32.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -80,6 +81,18 @@ class Shape:
         kv = self.hidden // self.heads * self.kv_heads
         attention = [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv), (self.hidden, self.hidden)]
         return [*attention, *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
+
+
+def add_shape(parser: argparse.ArgumentParser, default: Shape) -> None:
+    """A flag for every number of a shape."""
+    for field in fields(default):
+        value = getattr(default, field.name)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=value, help="of the random model")
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    """The shape that the flags of [`add_shape`] say."""
+    return Shape(*(getattr(options, field.name) for field in fields(Shape)))
 
 
 SHAPES = {

@@ -1,31 +1,21 @@
-"""Clocks, peaks of memory, ceilings and versions that the benchmarks of a device share."""
+"""Instruments: clocks, peaks of memory of a device and of a process, and what a device does at most."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from transformers.utils import logging
 
 T = TypeVar("T")
-
-
-def environment(device: str | torch.device) -> dict[str, str]:
-    """Versions of what decides how fast and how right things are, and the device's name."""
-    found = {"device": device_name(device), "python": platform.python_version(), "CUDA": str(torch.version.cuda)}
-    for name in ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "numba", "bitsandbytes"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def device_name(device: str | torch.device) -> str:
@@ -61,25 +51,6 @@ def seconds(job: Callable[[], object], device: str | torch.device, repeat: int) 
     """Median over `repeat` calls after a first one that compiles; of that one where there are none."""
     times = [timed(job, device) for _ in range(1 + repeat)]
     return statistics.median(times[1:] or times)
-
-
-def interleaved(jobs: dict[str, Callable[[], object]], device: str | torch.device, rounds: int) -> dict:
-    """Seconds of every job in every round, all of them taking turns after one call each that counts for nothing.
-
-    What else the machine does then hits all alike; ratios are taken within rounds (see [`ratio`]).
-    """
-    for job in jobs.values():
-        job()
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            times[name].append(timed(job, device))
-    return times
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Median over rounds of the one time over the other."""
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def capture(job: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -124,6 +95,46 @@ def peaks(device: str | torch.device) -> dict[str, int | None]:
         "peak": torch.cuda.max_memory_allocated(device),
         "reserved": torch.cuda.max_memory_reserved(device),
     }
+
+
+def read_status(key: str, pid: int | str = "self") -> int:
+    """Bytes of a line of /proc/PID/status: "VmRSS", resident now, or "VmHWM", the most that ever was.
+
+    Raises:
+        OSError: If there is no such process, or no /proc.
+        StopIteration: If the process has ended and nobody has waited for it.
+    """
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def forget_process_peak() -> None:
+    """Sets this process's VmHWM to what is resident now (Linux)."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def return_memory() -> None:
+    """Gives memory that was freed back to the system, where that takes asking for: under glibc."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_of(code: str, *arguments: str) -> int:
+    """Bytes of the most memory that a Python process held, read while it runs: the figure of a child that is gone
+    (ru_maxrss) would count what this process held when it started the child."""
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, read_status("VmHWM", process.pid))
+        except (OSError, StopIteration):
+            break
+        time.sleep(0.02)
+    if process.wait() != 0:
+        raise RuntimeError(f"{' '.join(arguments) or code} failed with status {process.returncode}")
+    return peak
 
 
 def measure_limits(device: str | torch.device, repeat: int) -> dict:

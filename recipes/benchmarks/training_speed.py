@@ -1,8 +1,8 @@
-"""Seconds and memory of a training step, and of one token, against dense bf16 and QLoRA, on whatever device.
+"""What do a training step and one token take, in seconds and memory, against dense bf16 and QLoRA? On any device.
 
-    python recipes/benchmarks/training_speed.py                                       # CPU; minutes
-    python recipes/benchmarks/training_speed.py --device cuda --checkpointing off on
-    python recipes/benchmarks/training_speed.py --hidden 64 --layers 1 --length 16    # for a try; numbers mean nothing
+    python recipes/benchmarks/training_speed.py                                                  # CPU; minutes
+    python recipes/benchmarks/training_speed.py --device cuda --checkpointing off on --results training_speed_cuda
+    python recipes/benchmarks/training_speed.py --hidden 64 --layers 1 --length 16 --results -   # for a try
 
 The model is a random Llama of 170 M parameters (see random_models.py for what the methods are: dense bf16 trained
 whole, NF4 + LoRA r 16, random codes at 4, 3 and 2 true bits); a step is forward, backward and AdamW on one sequence.
@@ -20,25 +20,22 @@ token       seconds of a forward pass of one token with a cache of 16, as in gen
             bitsandbytes fetches its kernel for CPUs with AVX512 from the hub by the package `kernels`, and says so
             where it cannot; NF4 then decodes the weight for every token.
 
-The targets on a CPU stand below the table. Writes results/training_speed.json.
+The targets on a CPU stand below the table. The rows of the results are what was measured; "summary" there has what the
+table shows, and "targets" what stands below it.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
-import os
 import statistics
-import subprocess
 import sys
 from typing import Any
 
 import torch
-from memory import read_status, write_results
+from harness import Results, Row, answer, arguments, child, interleaved, ratio, settings_of, table
 from random_models import (
     Shape,
+    add_shape,
     available,
     bits_of,
     build,
@@ -46,14 +43,16 @@ from random_models import (
     name_of,
     prepare,
     random_tokens,
+    shape_of,
     small,
     train_step,
 )
-from timing import forget_peak, interleaved, is_cuda, peaks, ratio
+from timing import forget_peak, is_cuda, peaks, read_status, return_memory
 from transformers import DynamicCache
 
 from cluscomp_peft import ClusCompConfig, ClusteredLinear
 
+SHAPE = Shape(hidden=1024, intermediate=2816, layers=12, heads=16, kv_heads=16, vocab=8192)
 METHODS = ["dense", "nf4", "cluscomp-4", "cluscomp-3", "cluscomp-2"]
 PREFIX = 16  # tokens in the cache when a token is timed
 # (figure of a row, what it is to stay under, of which other method)
@@ -68,13 +67,8 @@ FORECAST_ERROR = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=8192)
+    parser = arguments(__doc__, "training_speed")
+    add_shape(parser, SHAPE)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="dense, nf4, cluscomp-BITS")
@@ -83,66 +77,72 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of every method")
     parser.add_argument("--token-rounds", type=int, default=30, help="timed tokens of every method")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", default="training_speed", help="name of the file under results/; - for none")
-    parser.add_argument("--job", help="used by the script itself: the method whose peak to measure")
     options = parser.parse_args()
-    if options.job is not None:
-        print(json.dumps(measure_peak(options.job, options.checkpointing[0] == "on", options)))
+    if answer(options, lambda job: {"bytes": measure_peak(job["method"], job["checkpointing"], options)}):
         return
     options.methods = available(options.methods)
-    rows = []
-    for checkpointing in options.checkpointing:
-        on = checkpointing == "on"
-        found = [
-            {
-                "method": method,
-                "checkpointing": on,
-                "peak": child_peak(method, checkpointing, options),
-                "live": child_peak(method, checkpointing, options, exact=True),
-                "forecast": forecast_training(
-                    shape_of(options),
-                    method,
-                    options.length,
-                    device=options.device,
-                    checkpointing=on,
-                    batch=options.batch,
-                    rank=options.rank,
-                ),
-            }
-            for method in options.methods
-        ]
-        rows += add_ratios(found, "step", time_steps(on, options))
-    for figure, times in time_tokens(options).items():
+    settings = settings_of(options)
+    del settings["methods"], settings["checkpointing"]  # rows say them
+    results = Results(options.results, settings, options.fresh)
+    rows = [row for mode in options.checkpointing for row in measure_steps(mode == "on", results, options)]
+    (tokens,) = results.complete(
+        [{"figure": "token", "methods": options.methods}], lambda _: {"times": time_tokens(options)}
+    )
+    for figure, times in tokens["times"].items():
         for start in range(0, len(rows), len(options.methods)):
             add_ratios(rows[start : start + len(options.methods)], figure, times)
-    for row in rows:
-        row["name"] = name_of(row["method"])
-    print_table(rows)
     verdicts = judge(rows)
+    print(as_table(rows))
     print_verdicts(verdicts)
-    if options.results != "-":
-        write_results(options.results, {"settings": vars(options), "rows": rows, "targets": verdicts})
-
-
-def shape_of(options: argparse.Namespace) -> Shape:
-    return Shape(options.hidden, options.intermediate, options.layers, options.heads, options.kv_heads, options.vocab)
+    results.note(summary=rows, targets=verdicts)
 
 
 # -- memory
 
 
-def child_peak(method: str, checkpointing: str, options: argparse.Namespace, exact: bool = False) -> int | None:
-    """The peak that a process of its own measures; it gets this process's flags. `exact`: it gives memory back to the
-    system as soon as it is freed, where that takes asking for (a CPU under glibc).
+def measure_steps(checkpointing: bool, results: Results, options: argparse.Namespace) -> list[Row]:
+    """A row of the table for every method: memory of a step, measured and foretold, and its time."""
+    figures = ["peak"] if is_cuda(options.device) else ["peak", "live"]
+    jobs = [
+        {"figure": figure, "method": method, "checkpointing": checkpointing}
+        for method in options.methods
+        for figure in figures
+    ]
+    found = results.complete(jobs, child_peak)
+    if results.failed:
+        raise SystemExit(f"{len(results.failed)} measurements of memory failed; the same call tries them again.")
+    used = {(row["method"], row["figure"]): row["bytes"] for row in found}
+    rows = [
+        {
+            "method": method,
+            "name": name_of(method) + ", checkpoints" * checkpointing,
+            "checkpointing": checkpointing,
+            "peak": used[method, "peak"],
+            "live": used.get((method, "live")),
+            "forecast": forecast_training(
+                shape_of(options),
+                method,
+                options.length,
+                device=options.device,
+                checkpointing=checkpointing,
+                batch=options.batch,
+                rank=options.rank,
+            ),
+        }
+        for method in options.methods
+    ]
+    (steps,) = results.complete(
+        [{"figure": "step", "methods": options.methods, "checkpointing": checkpointing}],
+        lambda _: {"times": time_steps(checkpointing, options)},
+    )
+    return add_ratios(rows, "step", steps["times"])
+
+
+def child_peak(job: Row) -> Row:
+    """Bytes of the peak that a process of its own measures; of "live" it gives memory back to the system as soon as
+    it is freed, where that takes asking for (a CPU under glibc).
     """
-    if exact and is_cuda(options.device):
-        return None
-    command = [sys.executable, __file__, *sys.argv[1:], "--checkpointing", checkpointing, "--job", method]
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
-    if done.returncode != 0:
-        raise SystemExit(f"measuring the memory of {method} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return child(__file__, job, environment={"MALLOC_MMAP_THRESHOLD_": "65536"} if job["figure"] == "live" else None)
 
 
 def measure_peak(method: str, checkpointing: bool, options: argparse.Namespace) -> int | None:
@@ -150,7 +150,7 @@ def measure_peak(method: str, checkpointing: bool, options: argparse.Namespace) 
     for shape, length in ((small(shape_of(options)), 64), (shape_of(options), options.length)):
         before = start_peak(options.device)
         model, optimizer = prepare(build(shape, method, options.device), method, checkpointing, rank=options.rank)
-        give_back(options.device)  # what making random weights left behind
+        return_memory()  # what making random weights left behind
         tokens = random_tokens(shape, options.batch, length, options.device)
         for _ in range(2):
             train_step(model, optimizer, tokens)
@@ -161,21 +161,12 @@ def measure_peak(method: str, checkpointing: bool, options: argparse.Namespace) 
 
 
 def start_peak(device: str) -> int | None:
-    """Resident bytes before a job, with what was freed given back to the system."""
+    """Resident bytes before a job, freed memory given back to the system; None where the system does not tell."""
     if is_cuda(device):
         forget_peak(device)
         return None
-    if sys.platform != "linux":
-        return None
-    give_back(device)
-    return read_status("VmRSS")
-
-
-def give_back(device: str) -> None:
-    """Returns freed memory to the system."""
-    gc.collect()
-    if not is_cuda(device) and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    return_memory()
+    return read_status("VmRSS") if sys.platform == "linux" else None
 
 
 # -- time
@@ -244,7 +235,7 @@ def all_linears(model: Any) -> Any:
 # -- what came out
 
 
-def add_ratios(rows: list[dict], figure: str, times: dict[str, list[float]]) -> list[dict]:
+def add_ratios(rows: list[Row], figure: str, times: dict[str, list[float]]) -> list[Row]:
     """Adds the median of a figure and its ratios to the other methods, both over rounds."""
     for row in rows:
         own = times[row["method"]]
@@ -255,27 +246,28 @@ def add_ratios(rows: list[dict], figure: str, times: dict[str, list[float]]) -> 
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
-    columns = (
-        ("step, s", "step", 1),
-        ("/ NF4", "step / nf4", 1),
-        ("/ dense", "step / dense", 1),
-        ("peak, MB", "peak", 1e-6),
-        ("live", "live", 1e-6),
-        ("forecast", "forecast", 1e-6),
-        ("token, ms", "token", 1e3),
-        ("/ dense", "token / dense", 1),
-        ("/ NF4", "token / nf4", 1),
-        ("linears, ms", "linears", 1e3),
-        ("/ dense", "linears / dense", 1),
-    )
-    print(f"{'':<26}" + "".join(f"{title:>13}" for title, _, _ in columns))
-    for row in rows:
-        name = row["name"] + (", checkpoints" if row["checkpointing"] else "")
-        print(f"{name:<26}" + "".join(_cell(row.get(key), factor) for _, key, factor in columns))
+def as_table(rows: list[Row]) -> str:
+    def scaled(key: str, factor: float) -> Any:
+        return lambda row: "" if row.get(key) is None else f"{row[key] * factor:.1f}"
+
+    columns = {
+        "": "{name}",
+        "step, s": "{step:.3g}",
+        "step / NF4": "{step / nf4:.2f}",
+        "step / dense": "{step / dense:.2f}",
+        "peak, MB": scaled("peak", 1e-6),
+        "live, MB": scaled("live", 1e-6),
+        "forecast, MB": scaled("forecast", 1e-6),
+        "token, ms": scaled("token", 1e3),
+        "token / dense": "{token / dense:.2f}",
+        "token / NF4": "{token / nf4:.2f}",
+        "linears, ms": scaled("linears", 1e3),
+        "linears / dense": "{linears / dense:.2f}",
+    }
+    return table(rows, columns)
 
 
-def judge(rows: list[dict]) -> list[dict]:
+def judge(rows: list[Row]) -> list[Row]:
     """Holds every clustered row against the targets."""
     verdicts = []
     for row in rows:
@@ -293,21 +285,16 @@ def judge(rows: list[dict]) -> list[dict]:
             verdicts.append({"row": row, "target": "forecast, error", "limit": FORECAST_ERROR, "value": value})
     for verdict in verdicts:
         row = verdict.pop("row")
-        verdict.update(method=row["method"], checkpointing=row["checkpointing"])
+        verdict.update({key: row[key] for key in ("method", "name", "checkpointing")})
         verdict["met"] = verdict["value"] <= verdict["limit"]
     return verdicts
 
 
-def print_verdicts(verdicts: list[dict]) -> None:
+def print_verdicts(verdicts: list[Row]) -> None:
     print()
     for verdict in verdicts:
-        name = name_of(verdict["method"]) + (", checkpoints" if verdict["checkpointing"] else "")
-        result = "met" if verdict["met"] else "missed"
-        print(f"{name:<28}{verdict['target']:<26}{verdict['value']:>7.2f}  target {verdict['limit']:.2f}  {result}")
-
-
-def _cell(value: float | None, factor: float) -> str:
-    return f"{'-':>13}" if value is None else f"{value * factor:>13.3g}" if factor == 1 else f"{value * factor:>13.1f}"
+        result = f"target {verdict['limit']:.2f}  {'met' if verdict['met'] else 'missed'}"
+        print(f"{verdict['name']:<28}{verdict['target']:<26}{verdict['value']:>7.2f}  {result}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "recipes/benchmarks/host_time.py"
 
 
 def test_it_times_every_way_through_a_layer(tmp_path):
-    command = [sys.executable, SCRIPT, "--calls", "20", "--output", tmp_path / "found"]
+    command = [sys.executable, SCRIPT, "--calls", "20", "--results", tmp_path / "found"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = json.loads((tmp_path / "found.json").read_text())["microseconds"]
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    found = {row["call"]: row["microseconds"] for row in rows}
     assert list(found) == ["frozen", "adapted", "forward", "training"] and found["training"] > found["forward"] > 0

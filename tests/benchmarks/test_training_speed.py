@@ -21,31 +21,42 @@ def script(monkeypatch):
     return importlib.import_module("training_speed")
 
 
-def test_all_methods_take_turns(script, monkeypatch, capsys):
-    written = {}
-    monkeypatch.setattr(script, "child_peak", lambda method, *_, **__: 100 if method == "nf4" else 90)
+def test_all_methods_take_turns(script, monkeypatch, tmp_path, capsys):
+    measured = []
+
+    def peak(job):
+        measured.append(job)
+        return {"bytes": 100 if job["method"] == "nf4" else 90}
+
+    monkeypatch.setattr(script, "child_peak", peak)
     monkeypatch.setattr(
         script, "forecast_training", lambda shape, method, *_, **__: 92 if "cluscomp" in method else None
     )
-    monkeypatch.setattr(script, "write_results", lambda name, content: written.update(content, name=name))
     methods = ["--methods", "dense", "nf4", "cluscomp-3"]
-    rounds = ["--rounds", "2", "--token-rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["training_speed.py", *TINY, *methods, *rounds, "--checkpointing", "off", "on"])
+    rounds = ["--rounds", "2", "--token-rounds", "2", "--checkpointing", "off", "on"]
+    command = ["training_speed.py", *TINY, *methods, *rounds, "--results", str(tmp_path / "speed")]
+    monkeypatch.setattr(sys, "argv", command)
     script.main()
-    assert written["name"] == "training_speed" and len(written["rows"]) == 6
-    for row in written["rows"]:
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert len(written["summary"]) == 6 and len(measured) == 2 * 6
+    for row in written["summary"]:
         assert all(row[key] > 0 for key in ("step", "peak", "token", "linears", "step / dense", "token / nf4"))
-    assert [row["checkpointing"] for row in written["rows"]] == [False] * 3 + [True] * 3
+    assert [row["checkpointing"] for row in written["summary"]] == [False] * 3 + [True] * 3
     found = {verdict["target"]: verdict for verdict in written["targets"] if not verdict["checkpointing"]}
     assert found["peak / NF4 + LoRA r 16"]["value"] == 0.9 and found["peak / NF4 + LoRA r 16"]["met"]
     assert found["forecast, error"]["value"] == pytest.approx(2 / 90)
     output = capsys.readouterr().out
     assert "ClusComp 3 bits, checkpoints" in output and "target 1.15" in output
 
+    monkeypatch.setattr(script, "time_steps", lambda *_: pytest.fail("steps are timed again"))
+    script.main()
+    assert len(measured) == 12 and capsys.readouterr().out == output
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
 def test_a_process_of_its_own_measures_the_peak():
-    command = [sys.executable, str(BENCHMARKS / "training_speed.py"), *TINY, "--job", "cluscomp-3"]
+    job = json.dumps({"figure": "peak", "method": "cluscomp-3", "checkpointing": False})
+    command = [sys.executable, str(BENCHMARKS / "training_speed.py"), *TINY, "--row", job]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert 0 < json.loads(done.stdout.strip().splitlines()[-1]) < 300e6
+    assert 0 < json.loads(done.stdout.strip().splitlines()[-1])["bytes"] < 300e6

@@ -403,8 +403,8 @@ import json, os, sys
 from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
-from memory import read_status
 from random_models import Shape, build, prepare, random_tokens, small
+from timing import read_status
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer

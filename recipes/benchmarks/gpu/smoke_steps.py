@@ -7,9 +7,10 @@ from pathlib import Path
 
 import smoke_serving
 import smoke_training
+from harness import environment
 from report import Report
 from smoke_base import Steps
-from timing import environment, forget_peak, quiet
+from timing import forget_peak, quiet
 
 # What compiles for long comes last.
 ALL: tuple[Callable[[Steps], dict], ...] = (

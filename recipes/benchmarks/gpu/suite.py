@@ -74,7 +74,8 @@ def arguments() -> argparse.ArgumentParser:
 def run_part(options: argparse.Namespace) -> list[str]:
     """Makes the rows of a part in this process; returns the names of those that failed."""
     import torch
-    from timing import environment, is_cuda, quiet
+    from harness import environment
+    from timing import is_cuda, quiet
 
     if is_cuda(options.device) and not torch.cuda.is_available():
         raise SystemExit(f"device {options.device!r}: there is no CUDA device here.")
