@@ -25,7 +25,7 @@ from .start import density_start
 __all__ = ["QUALITIES", "KMeansInfo", "kmeans"]
 
 # Iterations at most, and the share of the objective that one must gain for another to follow. Chosen from
-# recipes/benchmarks/kmeans_presets.py: the objective falls fast, then by ever smaller shares.
+# recipes/benchmarks/results/kmeans_presets.json: the objective falls fast, then by ever smaller shares.
 QUALITIES = {"fast": (3, 1e-2), "default": (8, 2e-3), "best": (60, 1e-4)}
 ENGINES = ("scalar", "cpu", "cuda", "torch")
 _INITS = ("density", "random")

@@ -1,4 +1,4 @@
-"""The jobs that a plan knows, each a list of parts: what is added to one appears in totals, tables and JSON."""
+"""The jobs that a plan knows, each a list of parts. A part that is added here appears in totals, tables and JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from ..codes import ClusterSpec
 from ..compress.calibration.inputs import KEPT_BYTES
+from ..compress.stream.calibrated import Calibration
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
+from .installed import nf4_bits, states_of_8bit
 from .model import Model, Use, from_widths
 from .parts import BACKWARD, GIB, LOSS, Job, Part
 from .settings import Settings
@@ -37,13 +41,12 @@ _KINDS = {
     "dense": "embeddings, head, norms, biases",
 }
 _INTERPRETER = 650_000_000  # Python with torch, transformers, PEFT, what those import, and compiled kernels
-_LOSS_TILE = (4096, 8192)  # tokens and words of a chunked loss, as TRL takes them
-_BATCH_TOKENS, _BATCHES = 4096, 8  # of calibration
+_LOSS_TILE = (4096, 8192)  # tokens and words of the logits that a chunked loss holds at once: an allowance
 _SENSITIVITY_TOKENS = 16384
 
 
 def finetune(model: Model, settings: Settings) -> Job:
-    """Of one device, if there are several."""
+    """What one device holds."""
     assert settings.bits is not None
     engine = engine_of(model, model.stored(settings.bits), settings)
     updated = engine.update()
@@ -69,7 +72,7 @@ def _weights(model: Model, settings: Settings, engine: Engine) -> list[Part]:
         for kind, name in _KINDS.items()
     ]
     if settings.device == "cpu" and model.disk_dtype != model.dtype:
-        # Weights are used where the file is mapped; those that are cast are in memory twice.
+        # Weights stay where the file is mapped into memory; those that are cast are there a second time.
         parts.append(Part("the file's pages of what was cast", model.dense_bytes(model.disk_dtype.itemsize)))
     return parts
 
@@ -156,7 +159,8 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
         solve = 40 * in_features**2 + 36 * weights[name]
         largest = max(largest, feedback, solve)
     length = calibration_length(model)
-    rows = max(1, min(_BATCH_TOKENS // length, settings.samples // _BATCHES))
+    windows = torch.empty(settings.samples, length, device="meta")
+    rows = len(Calibration(windows, windows.device).batches[0])
     use = max(model.training(settings.bits, rows, length).values(), key=lambda use: use.work, default=None)
     use = use or from_widths(model, "train", 0, rows, length)
     kept = sum(weight_of(model.linears[name]).shape[1] for name in names) * settings.samples * length * size
@@ -177,16 +181,15 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
 
 
 def qlora(model: Model, settings: Settings, rank: int = 16) -> Job:
-    """NF4 in blocks of 64 with doubly quantised scales, 4.127 bits; LoRA in fp32 on the same layers."""
+    """bitsandbytes' NF4 with doubly quantised scales; LoRA in fp32 on the same layers."""
     shapes = [weight_of(layer).shape for layer in model.linears.values()]
     adapters = [rank * width for shape in shapes for width in shape]
     states = sum(map(partial(_states, settings.optimizer), adapters))
-    nf4 = 4 + 8 / 64 + 32 / (64 * 256)
     return _job(
         f"QLoRA: NF4, r {rank}",
         settings,
         [
-            Part("weights", int(sum(map(math.prod, shapes)) * nf4 / 8)),
+            Part("weights", int(sum(map(math.prod, shapes)) * nf4_bits() / 8)),
             Part("embeddings, head, norms, biases", model.dense_bytes(model.dtype.itemsize)),
             Part("adapters, gradients, states", 8 * sum(adapters) + states),
             *_activations(model, settings, model.training(settings.bits, settings.batch, settings.seqlen)),
@@ -218,8 +221,8 @@ def _job(name: str, settings: Settings, parts: Iterable[Part]) -> Job:
 
 
 def _states(optimizer: str, numel: int) -> int:
-    """Bytes of two moments of a tensor. bitsandbytes leaves small tensors in fp32, and scales each 256 numbers."""
-    return 8 * numel if optimizer == "adamw" or numel < 4096 else 2 * numel + 8 * -(-numel // 256)
+    """Bytes of the two moments of a tensor."""
+    return 8 * numel if optimizer == "adamw" else states_of_8bit(numel)
 
 
 def _units(model: Model) -> list[list[str]]:

@@ -6,25 +6,22 @@
     fsdp2    rows ÷ devices            rows ÷ devices                   whole blocks: that at work, and the next
     zero3    numbers ÷ devices         numbers ÷ devices                the same, deltas in its dtype, a bucket
 
-"÷" rounds up, so all is for the device that holds the most, the first. Settings are those that the engines have when
-nobody sets them: torch's `DistributedDataParallel` and `fully_shard` in the units that accelerate makes (each block,
-the embeddings, final norm and head together), DeepSpeed's `zero_optimization`. Activations are each device's own.
+"÷" rounds up, and every number is that of the first device, which holds the most. Settings are the engines' defaults:
+those of torch's `DistributedDataParallel` and of DeepSpeed's `zero_optimization` are asked of what is installed;
+`fully_shard` has the units that accelerate makes (each block; the embeddings; final norm and head together).
+Activations are each device's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .installed import ddp_copies_gradients, zero
 from .model import Model, Stored, Tensor
 from .parts import BACKWARD, GIB, LOSS, Part
 from .settings import DTYPES, Settings
 
 __all__ = ["Engine", "engine_of"]
-
-# DeepSpeed's defaults, all in numbers of elements.
-_BUCKET = 500_000_000  # reduce_bucket_size: allocated in full, whatever is trained
-_PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller tensors stay whole
-_REUSE = 1_000_000_000  # stage3_max_reuse_distance: what is needed again within it is kept
 
 
 class Engine:
@@ -36,11 +33,11 @@ class Engine:
         self.trained = [tensor for tensor in stored.tensors if tensor.kind == "deltas"]
 
     def hold(self, tensor: Tensor) -> int:
-        """Numbers of a weight that one device holds all along."""
+        """How many numbers of a weight one device holds from the first step to the last."""
         return tensor.numel
 
     def update(self) -> list[int]:
-        """Sizes of the tensors that one device updates: it has them in fp32, with gradients and states."""
+        """Sizes of the tensors that one device updates; it holds them in fp32, with their gradients and states."""
         return [tensor.numel for tensor in self.trained]
 
     def extra(self) -> Iterable[Part]:
@@ -54,10 +51,12 @@ class Engine:
 
 class _DDP(Engine):
     def extra(self) -> Iterable[Part]:
-        yield Part("gradients again, in buckets of DDP", 4 * sum(self.update()))
+        if ddp_copies_gradients():
+            yield Part("gradients again, in buckets of DDP", 4 * sum(self.update()))
 
     def notes(self) -> Iterable[str]:
-        yield "ddp: every device holds all; gradient_as_bucket_view=True would save the buckets."
+        saving = "; gradient_as_bucket_view=True would save the buckets" if ddp_copies_gradients() else ""
+        yield f"ddp: every device holds all{saving}."
 
 
 class _Zero2(Engine):
@@ -70,16 +69,17 @@ class _Zero2(Engine):
 
     def extra(self) -> Iterable[Part]:
         yield Part(f"deltas in {self.settings.dtype}, for blocks", self._cast())
-        yield Part("DeepSpeed's bucket of gradients", _BUCKET * self.itemsize)
+        yield Part("DeepSpeed's bucket of gradients", zero().bucket * self.itemsize)
 
     def _cast(self) -> int:
         return self.itemsize * sum(tensor.numel for tensor in self.trained)
 
     def notes(self) -> Iterable[str]:
+        bucket = zero().bucket
         yield (
             f"{self.settings.engine}: deltas and their gradients are cast to {self.settings.dtype}, the device that "
-            f"updates them has fp32. The bucket is DeepSpeed's default reduce_bucket_size of {_BUCKET:.0e} numbers, "
-            f"{_BUCKET * self.itemsize / GIB:.2f} GiB; transformers makes {self.model.hidden**2:.1e} of 'auto'."
+            f"updates them has fp32. The bucket is DeepSpeed's default reduce_bucket_size of {bucket:.0e} numbers, "
+            f"{bucket * self.itemsize / GIB:.2f} GiB; transformers makes {self.model.hidden**2:.1e} of 'auto'."
         )
 
 
@@ -107,7 +107,7 @@ class _FSDP2(Engine):
         deltas = [[tensor for tensor in unit if tensor.kind == "deltas"] for unit in blocks]
         gradients = max((4 * sum(t.numel for t in unit) + self._whole(unit) for unit in deltas), default=0)
         yield Part("its gradients, and those being reduced", gradients, BACKWARD)
-        # Bytes arrive in a buffer and are copied out of it; the one before is held until that is done.
+        # Tensors arrive in a buffer and are copied out of it; the last block's stay until that is done.
         yield Part("norm and head gathered, buffers", 2 * after + block, LOSS)
 
     def notes(self) -> Iterable[str]:
@@ -126,7 +126,7 @@ class _FSDP2(Engine):
 
 class _Zero3(_Zero2):
     def _kept(self, tensor: Tensor) -> int:
-        return tensor.numel if tensor.numel <= _PERSISTENT else 0
+        return tensor.numel if tensor.numel <= zero().persistent else 0
 
     def _share(self, tensor: Tensor) -> int:
         return -(-tensor.numel // self.devices)
@@ -154,17 +154,21 @@ class _Zero3(_Zero2):
         yield Part("norm, head and last blocks gathered", head + gathered, LOSS)
 
     def _around_the_turn(self, block: int, head: int) -> int:
-        """Blocks that are whole where forward turns to backward: of those at the end DeepSpeed keeps what is needed
-        again within so many numbers, each block being passed forward, (again, with checkpointing,) and back."""
+        """How many of the last blocks are whole where forward turns to backward.
+
+        DeepSpeed keeps a tensor gathered if the pass needs it again within `reuse` numbers. A block is passed twice,
+        forward and back, and with checkpointing once more, to compute its activations again.
+        """
         passes = 3 if self.settings.gradient_checkpointing else 2
-        kept = -(-max(0, _REUSE - 2 * head) // (passes * block)) if block else 0
+        kept = -(-max(0, zero().reuse - 2 * head) // (passes * block)) if block else 0
         return max(1, kept) + 1
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()
         yield (
             "zero3: one block at work and one fetched ahead; those at the end stay whole where they are needed again "
-            f"within stage3_max_reuse_distance, {_REUSE:.0e} numbers; tensors of up to {_PERSISTENT:.0e} always."
+            f"within stage3_max_reuse_distance, {zero().reuse:.0e} numbers; tensors of up to {zero().persistent:.0e} "
+            "always."
         )
 
 
