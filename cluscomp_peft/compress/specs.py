@@ -21,9 +21,9 @@ from .stream.journal import JOURNAL, LOCK, Journal
 from .stream.pipeline import Calibration
 from .stream.source import DenseCheckpoint
 
-__all__ = ["specs_of_run"]
+__all__ = ["SENSITIVITY_TOKENS", "specs_of_run"]
 
-_SENSITIVITY_TOKENS = 16384
+SENSITIVITY_TOKENS = 16384
 _MARGIN = 4096  # bytes of a size budget that stay free for what is written last
 
 
@@ -47,7 +47,7 @@ def specs_of_run(
         weights = {name: out * inputs for name, (out, inputs) in shapes.items()}
         sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
         if given is not None:
-            enough = -(-_SENSITIVITY_TOKENS // given.batches[0].numel())
+            enough = -(-SENSITIVITY_TOKENS // given.batches[0].numel())
             blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
             measured = measure_sensitivity(blocks, given.fitted[:enough])
             sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}

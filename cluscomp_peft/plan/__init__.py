@@ -1,22 +1,23 @@
-"""What compressing, finetuning and serving a model need in memory, known before any of it is done.
+"""How much memory compressing, finetuning and serving a model take, without doing any of it.
 
-Only `config.json` is read. The model is built on the meta device, where tensors have shapes and no bytes, its layers
-are replaced by the product's own, and one block runs there forward and back while a ledger notes every tensor that
-comes and goes. So activations are what autograd really keeps, for any causal language model, by no family's names:
+Only `config.json` is read. The model is built on the meta device, where tensors have shapes and no data; its linear
+layers are replaced by clustered ones, and one block runs there forward and backward while a ledger counts every tensor
+that is made and freed. So activations are those that autograd really keeps, whatever the model's family:
 
     finetuning = codes + codebooks + what stays dense                              as the checkpoint stores them
                + deltas · (4 + 4 + states)           fp32, gradients, 8 bytes of AdamW (2 of its 8-bit kind)
                + inputs of all blocks                 n · batch · seqlen · hidden; without checkpointing all they keep
-               + the larger of  one block at work     what it keeps, one decoded weight, tiles, gradients in flight
+               + the larger of  one block at work     what it keeps, one decoded weight, tiles, gradients on the way
                                 logits and loss       batch · seqlen · vocabulary in fp32, and copies
     serving    = codes + codebooks + what stays dense + keys and values + one block without gradients
     framework    CUDA context and what its allocator cannot use; on a CPU the interpreter with its imports
 
 Two things are put in by hand: attention counts as fused (it keeps q, k, v, its output and one fp32 number for each
-row, never scores of seqlen²), and ops of this package count what they hold inside (the decoded weight, fp32 tiles).
-Where a model does not run on the meta device, its block counts as what its linear layers read and write; see
-`model.from_widths`. With several devices, finetuning is what one of them takes; `sharding` says who holds what. A
-forecast is data, [`Job`]s of [`Part`]s; [`render`] makes text of it.
+row, never scores of seqlen²), and the ops of this package count what they take inside (the decoded weight, fp32
+tiles). Where a model does not run on the meta device, its block counts as what its linear layers read and write
+(`model.from_widths`). With several devices finetuning is what one of them takes; `sharding` says who holds what, and
+`installed` asks the packages that are installed for their defaults. A forecast is data, [`Job`]s of [`Part`]s;
+[`render`] makes text of it.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _longest(model: Model, settings: Settings, memory: int) -> int:
     if most <= memory or least > memory:
         return min(high * _STEP, model.limit or _NO_LIMIT) if most <= memory else 0
     while high - low > 1:
-        # The total is a few straight lines: guess along them, and look at both sides of the guess.
+        # The total is piecewise linear in the length: guess by interpolation, and try the guess and the next step.
         guess = low + int((memory - least) / (most - least) * (high - low))
         for steps in (min(max(guess, low + 1), high - 1), min(max(guess + 1, low + 1), high - 1)):
             size = total(steps) if low < steps < high else None

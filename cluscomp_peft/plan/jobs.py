@@ -14,6 +14,7 @@ from ..compress.calibration.inputs import KEPT_BYTES
 from ..compress.stream.calibrated import Calibration
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
+from ..hf.specs import SENSITIVITY_TOKENS
 from .installed import nf4_bits, states_of_8bit
 from .model import Model, Use, from_widths
 from .parts import BACKWARD, GIB, LOSS, Job, Part
@@ -42,7 +43,6 @@ _KINDS = {
 }
 _INTERPRETER = 650_000_000  # Python with torch, transformers, PEFT, what those import, and compiled kernels
 _LOSS_TILE = (4096, 8192)  # tokens and words of the logits that a chunked loss holds at once: an allowance
-_SENSITIVITY_TOKENS = 16384
 
 
 def finetune(model: Model, settings: Settings) -> Job:
@@ -126,7 +126,7 @@ def compress(model: Model, settings: Settings) -> Job:
     assert settings.bits is not None
     specs = model.stored(settings.bits).specs
     weights = {name: layer.weight.numel() for name, layer in model.linears.items()}
-    members = _units(model)
+    members = _by_block(model)
     together = max(
         min(sum(map(weights.__getitem__, names)), max(TOGETHER, *map(weights.__getitem__, names))) for names in members
     )
@@ -150,7 +150,7 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
     specs = model.stored(settings.bits).specs
     size = 4 if settings.device == "cpu" else model.disk_dtype.itemsize
     weights = {name: layer.weight.numel() for name, layer in model.linears.items()}
-    names = max(_units(model), key=lambda names: sum(map(weights.__getitem__, names)))
+    names = max(_by_block(model), key=lambda names: sum(map(weights.__getitem__, names)))
     outside = model.parameters - sum(p.numel() for block in model.blocks for p in block.parameters())
     largest = 0.0
     for name, layer in model.linears.items():
@@ -174,7 +174,7 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
         Part("reconstruction: codebooks, gradients, Adam", 20 * trained, "reconstruction"),
     ]
     if settings.device == "cpu":
-        tokens = min(_SENSITIVITY_TOKENS, settings.samples * length)
+        tokens = min(SENSITIVITY_TOKENS, settings.samples * length)
         kept = len(model.blocks) * tokens * model.hidden * size
         parts.append(Part("sensitivities: inputs of all blocks", kept, "sensitivities"))
     return _job("compressing, with calibration", settings, parts)
@@ -225,7 +225,7 @@ def _states(optimizer: str, numel: int) -> int:
     return 8 * numel if optimizer == "adamw" else states_of_8bit(numel)
 
 
-def _units(model: Model) -> list[list[str]]:
+def _by_block(model: Model) -> list[list[str]]:
     """Names of the clustered layers of each block."""
     found = [
         [name for name in model.linears if name.startswith(f"{model.prefix}.{index}.")]

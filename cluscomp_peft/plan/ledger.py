@@ -1,7 +1,8 @@
-"""A run on the meta device, where tensors have shapes and no bytes, and the ledger of tensors that come and go there.
+"""Counting memory without taking any: a model runs on the meta device, and a ledger counts the bytes of its tensors.
 
-Two things are put in by hand: fused attention, of which torch knows no shapes-only form, and what ops of this package
-hold while they run, which no dispatcher sees.
+Tensors on the meta device have shapes and no data. Two things cannot be seen there and are put in by hand: torch's
+fused attention, which on that device falls back to one that makes all scores, and the memory that the ops of this
+package take inside a call.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["TILE_BYTES", "FusedAttention", "Ledger", "Mark"]
 
-TILE_BYTES = {"cuda": 1 << 22, "cpu": 1 << 23}  # of an op, beside the decoded weight and its table of sums
+# Of the fp32 tiles that an op of this package works on, beside the decoded weight and the gradient of the codebook.
+TILE_BYTES = {"cuda": 1 << 22, "cpu": 1 << 23}
 
 
 class Mark(NamedTuple):
-    """A moment of a dry run: bytes that live, and the most since the mark before."""
+    """A moment of a dry run: the bytes that are held then, and the most that were held since the mark before it."""
 
     name: str
     live: int
@@ -30,7 +32,15 @@ class Mark(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of tensors that ops make, until they are gone; tensors from elsewhere count nothing."""
+    """Counts the bytes of the tensors that ops make, from then until they are freed.
+
+    Tensors that existed before, such as parameters, count nothing.
+
+    Attributes:
+        live (`int`): Bytes that are held now.
+        hidden (`int`): Bytes of a block's output, which whoever runs the model writes down here.
+        marks (`list[Mark]`): The moments that were marked.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -41,39 +51,43 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def mark(self, name: str, later: bool = False) -> None:
-        """Notes a moment: now, or `later`, when whoever called has let go of what it gave."""
-        self._settle()
+        """Marks this moment or, if `later`, the one before the next op. By then the caller of a hook has freed what it
+        handed over, which would still count now."""
+        self._write_mark()
         self._due = name
         if not later:
-            self._settle()
+            self._write_mark()
 
-    def _settle(self) -> None:
+    def _write_mark(self) -> None:
+        """Writes the mark that is due, if there is one."""
         if self._due is not None:
             self.marks.append(Mark(self._due, self.live, self._peak))
             self._peak, self._due = self.live, None
 
     def close(self) -> None:
-        """What is gone after this stays counted."""
+        """From here on `live` stays as it is when tensors are freed."""
         self._closed = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self._settle()
+        self._write_mark()
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Models ask whether all is as usual (no padding, no packing): it is. Numbers, of positions, are small.
+            # The model asks for a value, and there is none. A bool asks whether the mask can be left out (no padding,
+            # no packing): True. A number is a position: 0.
             return args[0].dtype == torch.bool
-        self._see((args, kwargs), own=False)
+        self._register((args, kwargs), counted=False)
         result = func(*args, **kwargs)
-        self._see(result, own=True)
+        self._register(result, counted=True)
         self._peak = max(self._peak, self.live + _scratch(func, args, self._device))
         return result
 
-    def _see(self, tree: Any, own: bool) -> None:
+    def _register(self, tree: Any, counted: bool) -> None:
+        """Takes in the storages that are new; `counted`: with their bytes, else with none."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in self._known:
-                    size = storage.nbytes() if own else 0
+                    size = storage.nbytes() if counted else 0
                     self._known[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage), size))
                     self.live += size
 
@@ -84,7 +98,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _scratch(func: Any, args: tuple, device: str) -> int:
-    """Bytes that an op of this package holds while it runs, and that no dispatcher sees."""
+    """Bytes that an op of this package takes inside its call; 0 for other ops."""
     if getattr(func, "namespace", "") != "cluscomp":
         return 0
     name = func._schema.name.removeprefix("cluscomp::")
@@ -99,7 +113,8 @@ def _scratch(func: Any, args: tuple, device: str) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """Shapes of fused attention, and what it keeps."""
+    """Tensors of fused attention's shapes: its output, and what it keeps for backward, which are q, k, v, the output
+    and a sum of exponentials for each row."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -115,7 +130,7 @@ class _Attention(torch.autograd.Function):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Puts [`_Attention`] in the place of torch's: on the meta device torch chooses the one with all scores."""
+    """Puts [`_Attention`] in the place of torch's attention, which on the meta device makes all scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

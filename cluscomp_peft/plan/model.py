@@ -1,4 +1,4 @@
-"""The model of a plan: built from its config on the meta device, stored at any bits, its blocks tried one by one."""
+"""The model of a plan: built on the meta device from its config, clustered at any bits, a block of each kind run."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ __all__ = ["Model", "Stored", "Tensor", "Use", "from_widths"]
 class Tensor(NamedTuple):
     """A parameter of a model with an adapter.
 
-    unit: number of its block, -1 before the first, number of blocks behind the last. kind: "codes", "codebooks" (with
-    scales), "dense" or "deltas". rows: first dimension. numel: numbers. itemsize: bytes of one.
+    Args:
+        place (`int`): Index of its block; -1 before the first block, the number of blocks behind the last.
+        kind (`str`): "codes", "codebooks" (with scales), "dense" or "deltas".
+        rows, numel (`int`): Size of the first dimension, and of all.
+        itemsize (`int`): Bytes of one number.
     """
 
-    unit: int
+    place: int
     kind: str
     rows: int
     numel: int
@@ -45,7 +48,7 @@ class Tensor(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A model at some bits: specs by layer, number of weights that they stand for, all tensors."""
+    """A model at some bits: the spec of each clustered layer, how many weights these have, all tensors."""
 
     specs: dict[str, ClusterSpec]
     weights: int
@@ -53,25 +56,31 @@ class Stored(NamedTuple):
 
     @property
     def codes(self) -> int:
-        """Bytes."""
+        """Bytes of the codes."""
         return sum(tensor.numel * tensor.itemsize for tensor in self.tensors if tensor.kind == "codes")
 
     @property
     def codebooks(self) -> int:
-        """Bytes, with scales."""
+        """Bytes of codebooks and scales."""
         return sum(tensor.numel * tensor.itemsize for tensor in self.tensors if tensor.kind == "codebooks")
 
-    def units(self, blocks: int) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+    def by_block(self, blocks: int) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
         """Tensors before the blocks, in each block, and behind them."""
         found: list[list[Tensor]] = [[] for _ in range(blocks + 2)]
         for tensor in self.tensors:
-            found[tensor.unit + 1].append(tensor)
+            found[tensor.place + 1].append(tensor)
         return found[0], found[1:-1], found[-1]
 
 
 class Use(NamedTuple):
-    """Bytes of one block: its input; what it keeps for backward; the most that it adds to what was there before, that
-    included; and what follows the last block, through the loss and back, output of that block included."""
+    """Bytes of one block in a dry run.
+
+    Args:
+        hidden (`int`): Of its output, which is as large as its input.
+        kept (`int`): Of what it keeps for backward.
+        work (`int`): The most that forward and backward add to what was held before, `kept` included.
+        tail (`int`): Of what comes behind the last block, through the loss and back, with that block's output.
+    """
 
     hidden: int
     kept: int
@@ -80,7 +89,7 @@ class Use(NamedTuple):
 
 
 class Model:
-    """The model on the meta device, and what dry runs of its blocks measured."""
+    """The model on the meta device, and what dry runs of its blocks counted."""
 
     def __init__(self, path: str, settings: Settings) -> None:
         check_folder(path)
@@ -126,7 +135,7 @@ class Model:
             self.kinds.setdefault((type(block), shapes), []).append(index)
 
     def dense_bytes(self, itemsize: int) -> int:
-        """Of what is not clustered: embeddings, head, norms, biases."""
+        """Bytes of what is not clustered: embeddings, head, norms, biases."""
         clustered = sum(layer.weight.numel() for layer in self.linears.values())
         return (self.parameters - clustered) * itemsize
 
@@ -153,21 +162,21 @@ class Model:
             if key not in counted:
                 counted[key] = list(_tensors(self._adapted(dense, spec)))
             weights += in_features * out_features
-            tensors += [tensor._replace(unit=self._unit(name)) for tensor in counted[key]]
+            tensors += [tensor._replace(place=self._block_of(name)) for tensor in counted[key]]
         clustered = {id(self.model.get_submodule(name).weight) for name in specs}
         reached = -1
         for name, parameter in self.model.named_parameters():
-            unit = self._unit(name)
-            # What is outside of blocks stands before or behind them.
-            reached = len(self.blocks) if reached >= 0 or unit >= 0 else -1
+            index = self._block_of(name)
+            # Outside of the blocks: before the first block's parameters, or behind them.
+            reached = len(self.blocks) if reached >= 0 or index >= 0 else -1
             if id(parameter) not in clustered:
-                place = unit if unit >= 0 else reached
+                place = index if index >= 0 else reached
                 tensors.append(_tensor(place, "dense", parameter, self.dtype.itemsize))
         self._stored[bits] = Stored(specs, weights, tensors)
         return self._stored[bits]
 
-    def _unit(self, name: str) -> int:
-        """The number of the block that a name is in, -1 for none."""
+    def _block_of(self, name: str) -> int:
+        """The index of the block that a parameter's name lies in, -1 for none."""
         if not self.blocks or not name.startswith(f"{self.prefix}."):
             return -1
         return int(name.removeprefix(f"{self.prefix}.").split(".")[0])
@@ -189,7 +198,7 @@ class Model:
         return ClusCompLinear(base, NewAdapter("default", config), torch.device("meta"))
 
     def _block(self, index: int, bits: float | None, adapter: bool) -> nn.Module:
-        """A copy of a block: clustered with or without an adapter, or (no bits) dense and all of it trainable."""
+        """A copy of a block: clustered, with or without an adapter, or dense and trainable where `bits` is None."""
         block = copy.deepcopy(self.blocks[index])
         if bits is None:
             block.requires_grad_(True)
@@ -201,18 +210,18 @@ class Model:
                     block.set_submodule(name.removeprefix(place), layer if adapter else layer.base_layer)
         for parameter in block.parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)  # counted elsewhere; backward adds to it
+                parameter.grad = torch.zeros_like(parameter)  # a part of its own; backward adds to it
         return block
 
     def training(self, bits: float | None, batch: int, seqlen: int) -> dict[int, Use]:
-        """What blocks use in a training step, by the index of one for each kind; `bits` None: full finetuning."""
+        """What blocks use in a training step, by the index of the first of a kind. `bits` None: full finetuning."""
         return {
             members[0]: self._use(("train", members[0], bits, batch, seqlen), self._train)
             for members in self.kinds.values()
         }
 
     def serving(self, bits: float, batch: int, seqlen: int) -> dict[int, Use]:
-        """The same for one pass over a prompt; `kept` are keys and values."""
+        """The same for one pass over a prompt, where `kept` are keys and values."""
         return {
             members[0]: self._use(("serve", members[0], bits, batch, seqlen), self._prefill)
             for members in self.kinds.values()
@@ -222,7 +231,7 @@ class Model:
         if key not in self._uses:
             try:
                 self._uses[key] = measure(*key[1:])
-            except Exception as error:  # a model may do anything in its forward, on this device for the first time
+            except Exception as error:  # a model's forward may do anything, and may never have run on this device
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.troubles.append(f"{type(self.model).__name__} does not run on the meta device ({reason})")
                 self._uses[key] = from_widths(self, key[0], key[1], *key[3:])
@@ -233,7 +242,7 @@ class Model:
         ledger = self._dry_run(block.train(), 2, batch, seqlen, training=True)
         places = [number for number, mark in enumerate(ledger.marks) if mark.name == "out"]
         end = ledger.marks[places[-1]]
-        # The first of two rounds brings what all blocks share, such as position embeddings and masks.
+        # The first of two rounds makes what all blocks share, such as position embeddings and masks.
         start = ledger.marks[places[0] if len(places) > 1 else 0].live
         turn, back = ledger.marks[places[-1] + 1 : places[-1] + 3]
         work = max(end.peak + ledger.hidden, back.peak) - start
@@ -247,7 +256,7 @@ class Model:
         return Use(ledger.hidden, cache, end.peak - start.live + ledger.hidden, 0)
 
     def _dry_run(self, block: nn.Module, rounds: int, batch: int, seqlen: int, training: bool) -> Ledger:
-        """Runs the model with nothing but `rounds` times this block in it, and notes tensors."""
+        """Runs the model with this block, `rounds` times, as its only blocks; returns the ledger of that."""
         ledger = Ledger(self.settings.device)
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -287,12 +296,12 @@ class Model:
         return ledger
 
 
-def _tensor(unit: int, kind: str, parameter: torch.Tensor, itemsize: int) -> Tensor:
-    return Tensor(unit, kind, parameter.shape[0] if parameter.dim() else 1, parameter.numel(), itemsize)
+def _tensor(place: int, kind: str, parameter: torch.Tensor, itemsize: int) -> Tensor:
+    return Tensor(place, kind, parameter.shape[0] if parameter.dim() else 1, parameter.numel(), itemsize)
 
 
 def _tensors(layer: ClusCompLinear) -> Iterator[Tensor]:
-    """Of a layer as it is finetuned, without its bias."""
+    """The tensors of a layer as it is finetuned, its bias left out."""
     for name, parameter in layer.base_layer.named_parameters():
         if name != "bias":
             yield _tensor(-1, "codes" if name == "codes" else "codebooks", parameter, parameter.itemsize)
@@ -302,9 +311,12 @@ def _tensors(layer: ClusCompLinear) -> Iterator[Tensor]:
 
 
 def from_widths(model: Model, kind: str, index: int, batch: int, seqlen: int) -> Use:
-    """An estimate from the linear layers of a block: each keeps its input and its output, and a quarter of that is
-    kept between them (norms, activation functions); backward holds one decoded weight and fp32 gradients of the widest
-    layer beside that. Keys and values: as wide as the narrowest two layers that read the block's input."""
+    """An estimate from the linear layers of a block.
+
+    Each layer keeps its input and its output, and norms and activation functions keep a quarter of that again.
+    Backward adds one decoded weight and fp32 gradients of the widest layer. Keys and values are as wide as the
+    narrowest two layers that read the block's input.
+    """
     tokens, size = batch * seqlen, model.dtype.itemsize
     place = f"{model.prefix}.{index}."
     shapes = [weight_of(layer).shape for name, layer in model.linears.items() if name.startswith(place)]

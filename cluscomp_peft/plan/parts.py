@@ -1,4 +1,4 @@
-"""What a forecast is made of: parts, bytes of one kind, and jobs, which are lists of them."""
+"""What a forecast is made of: a part is bytes of one kind, a job is a list of parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BACKWARD, LOSS = "a block goes back", "loss"  # the moments of a training step t
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one kind. Parts of different moments are never in memory together; None is always there."""
+    """Bytes of one kind. `moment` says when they are held, None all the time; two moments never overlap."""
 
     name: str
     bytes: int
@@ -28,7 +28,7 @@ class Job:
 
     @property
     def peak(self) -> str | None:
-        """The moment that takes the most."""
+        """The moment that takes the most; None if no part belongs to one."""
         moments: dict[str, int] = {}
         for part in self.parts:
             if part.moment is not None:
@@ -37,5 +37,5 @@ class Job:
 
     @property
     def total(self) -> int:
-        """Bytes at that moment."""
+        """Bytes at the peak: of the parts of that moment, and of those that are always held."""
         return sum(part.bytes for part in self.parts if part.moment in (None, self.peak))

@@ -96,16 +96,16 @@ class _FSDP2(Engine):
         return self.devices * sum(self.hold(tensor) * tensor.itemsize for tensor in tensors)
 
     def extra(self) -> Iterable[Part]:
-        first, blocks, last = self.stored.units(len(self.model.blocks))
+        first, blocks, last = self.stored.by_block(len(self.model.blocks))
         block = max(map(self._whole, blocks), default=0)
         before, after = self._whole(first), self._whole(last)
         if self.model.tied:
-            # One unit, needed at both ends of the model.
+            # Embeddings and head are one unit of FSDP2 then, and both ends of the model need it.
             yield Part("embeddings, norm, head gathered", before + after)
             before = after = 0
         yield Part("the block at work gathered, the next on its way", block + max(block, before), BACKWARD)
-        deltas = [[tensor for tensor in unit if tensor.kind == "deltas"] for unit in blocks]
-        gradients = max((4 * sum(t.numel for t in unit) + self._whole(unit) for unit in deltas), default=0)
+        deltas = [[tensor for tensor in tensors if tensor.kind == "deltas"] for tensors in blocks]
+        gradients = max((4 * sum(t.numel for t in few) + self._whole(few) for few in deltas), default=0)
         yield Part("its gradients, and those being reduced", gradients, BACKWARD)
         # Tensors arrive in a buffer and are copied out of it; the last block's stay until that is done.
         yield Part("norm and head gathered, buffers", 2 * after + block, LOSS)
@@ -146,7 +146,7 @@ class _Zero3(_Zero2):
 
     def extra(self) -> Iterable[Part]:
         yield from super().extra()
-        first, blocks, last = self.stored.units(len(self.model.blocks))
+        first, blocks, last = self.stored.by_block(len(self.model.blocks))
         head, head_numbers = self._whole([*first, *last] if self.model.tied else last)
         block, numbers = max(map(self._whole, blocks), default=(0, 0))
         gathered = block * min(len(blocks), self._around_the_turn(numbers, head_numbers))
