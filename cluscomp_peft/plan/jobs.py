@@ -11,10 +11,10 @@ import torch
 
 from ..codes import ClusterSpec
 from ..compress.calibration.inputs import KEPT_BYTES
+from ..compress.specs import SENSITIVITY_TOKENS
 from ..compress.stream.calibrated import Calibration
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
-from ..hf.specs import SENSITIVITY_TOKENS
 from .installed import nf4_bits, states_of_8bit
 from .model import Model, Use, from_widths
 from .parts import BACKWARD, GIB, LOSS, Job, Part
