@@ -5,14 +5,14 @@ A package that is missing, or has another name for a default by now, leaves the 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from ..upstream.deepspeed import zero_defaults
 
 __all__ = ["Zero", "ddp_copies_gradients", "nf4_bits", "states_of_8bit", "zero"]
 
@@ -35,14 +35,7 @@ class Zero(NamedTuple):
 def zero() -> Zero:
     """What DeepSpeed does where nobody sets anything."""
     try:
-        # Its logger keeps the stream that it finds here, and at once says something: standard output is for the plan.
-        with contextlib.redirect_stdout(sys.__stderr__):
-            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-            config = DeepSpeedZeroConfig(stage=3)
-        return Zero(
-            int(config.reduce_bucket_size), int(config.param_persistence_threshold), int(config.max_reuse_distance)
-        )
+        return Zero(*map(int, zero_defaults()))
     except Exception:  # its import looks for compilers and devices, and fails in many ways where there are none
         return Zero()
 

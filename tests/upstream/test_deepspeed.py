@@ -56,3 +56,10 @@ def test_a_partitioned_parameter_is_empty_and_knows_its_shape(partitioned):
 def test_a_partitioned_parameter_is_whole_while_it_is_gathered(partitioned):
     assert "error" not in partitioned, partitioned["error"]
     assert partitioned["gathered"] == [3, 5] and partitioned["finite"] and partitioned["after"] == 0
+
+
+@contract(room, "zero_defaults")
+def test_zero_has_defaults_in_numbers_of_elements():
+    pytest.importorskip("deepspeed")
+    bucket, persistent, reuse = room.zero_defaults()
+    assert 0 < persistent < bucket < reuse
