@@ -12,24 +12,19 @@ thread works on it, so the bytes of the result do not depend on the number of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
 from . import cells, nearest
 from .lloyd import iterate
-from .start import density_shares
+from .sorted_vectors import CHUNK, SortedVectors, even_ranges, fans, mix
 
 __all__ = ["assign", "lloyd_cells"]
 
-_FAN = 64  # cells that one node is split into at most
-_SAMPLE = 256  # vectors for each centroid of a split
 _LOCAL = 10  # iterations inside a leaf, against few centroids: ten cost less than one of the whole, and save three
-_CHUNK = 1 << 18  # vectors of one task where tasks do not follow blocks: fixed, for sums that depend on it
 _EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations cheaper than lists
 _EXACT_RESULT = 6
 _RESORT = (1, 3, 8, 20, 50)
@@ -93,76 +88,18 @@ def assign(
         return job.codes(), job.distances()
 
 
-class _Clustering:
+class _Clustering(SortedVectors):
     """The state of one run; the arrays have the names of `cells`."""
 
     def __init__(self, vectors: torch.Tensor, weights: torch.Tensor | None, threads: int) -> None:
-        x = vectors.numpy()
-        # A power of two changes no digit, and keeps squares of tiny or huge vectors inside fp32.
-        exponent = int(np.frexp(max(float(x.max()), -float(x.min())))[1])
-        self.scale = np.float32(1) if abs(exponent) < 20 else np.float32(2.0) ** -np.clip(exponent, -126, 126)
-        # Read, never written: they are the caller's. What is sorted, x and w, is taken from them anew each time, so
-        # that there are two copies of the vectors and never three.
-        self.given = x if self.scale == 1 else x * self.scale
-        self.given_weights = np.empty(0, np.float32) if weights is None else weights.numpy()
-        self.x, self.w = self.given, self.given_weights
-        self.total, self.dim = x.shape
-        self.source = np.arange(self.total, dtype=np.int32)
-        self.code = np.zeros(self.total, np.uint16)  # of at most 65,536 centroids
-        self.dist = np.zeros(self.total, np.float32)
-        self.order = np.empty(self.total, np.int32)
+        super().__init__(vectors, weights, threads)
         self.names: np.ndarray | None = None
         self.lists: np.ndarray | None = None
-        self.threads = threads
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-
-    def __enter__(self) -> _Clustering:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def each(self, step: Callable, tasks: Iterable[tuple]) -> list:
-        """step(*task) for every task, on all threads; results in order."""
-        if self.pool is None:
-            return [step(*task) for task in tasks]
-        return list(self.pool.map(lambda task: step(*task), tasks))
-
-    # Sorting
-
-    def _positions(self, clusters: int) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
-        """Ranges of vectors, where each range puts its first vector of each code, and starts."""
-        ranges = _ranges(self.total, self.threads)
-        counts = np.zeros((len(ranges), clusters), np.int64)
-        self.each(cells.count_codes, [(self.code[a:b], counts[r]) for r, (a, b) in enumerate(ranges)])
-        starts = np.zeros(clusters + 1, np.int64)
-        np.cumsum(counts.sum(0), out=starts[1:])
-        return ranges, starts[:-1] + np.cumsum(counts, 0) - counts, starts
-
-    def sort(self, clusters: int) -> None:
-        """order and starts for the present codes."""
-        ranges, position, self.starts = self._positions(clusters)
-        self.each(cells.rank_codes, [(self.code[a:b], a, position[r], self.order) for r, (a, b) in enumerate(ranges)])
-
-    def gather(self, clusters: int) -> None:
-        """Moves the vectors themselves, so that those of one code lie together; codes count up afterwards."""
-        self.sort(clusters)
-        if self.x is self.given:
-            self.x, self.w = np.empty_like(self.given), np.empty_like(self.given_weights)
-        ranges = _ranges(self.total, 8 * self.threads)
-        for values in (self.source, self.code, self.dist):
-            spare = self.x.reshape(-1).view(values.dtype)[: self.total]  # x is written anew below
-            self.each(cells.gather_values, [(values, self.order[a:b], spare[a:b]) for a, b in ranges])
-            values[:] = spare
-        self.each(cells.gather_vectors, [(self.given, self.source[a:b], self.x[a:b]) for a, b in ranges])
-        if len(self.w):
-            self.each(cells.gather_values, [(self.given_weights, self.source[a:b], self.w[a:b]) for a, b in ranges])
 
     def resort(self) -> None:
         self.gather(len(self.c))
-        for first in range(0, self.total, _CHUNK):
-            last = min(first + _CHUNK, self.total)
+        for first in range(0, self.total, CHUNK):
+            last = min(first + CHUNK, self.total)
             self.order[first:last] = np.arange(first, last)
 
     # Starting
@@ -170,19 +107,19 @@ class _Clustering:
     def plant(self, clusters: int, seed: int) -> None:
         """The density start: centroids, blocks, and every vector at the nearest centroid of its leaf."""
         nodes = [(0, self.total, clusters)]
-        for level, fan in enumerate(_fans(clusters, self.dim)):
-            nodes, _ = self._split(nodes, fan, seed, level)
+        for level, fan in enumerate(fans(clusters, self.dim)):
+            nodes, _ = self.split(nodes, fan, seed, level)
         shares = [share for _, _, share in nodes]
         self.bounds = np.concatenate([[0], np.cumsum(shares)]).astype(np.int64)
         self.c = np.zeros((clusters, self.dim), np.float32)
 
         def settle(leaf: int) -> None:
             a, b, share = nodes[leaf]
-            places, w = self.c[self.bounds[leaf] : self.bounds[leaf + 1]], self._weights(a, b)
+            places, w = self.c[self.bounds[leaf] : self.bounds[leaf + 1]], self.weights_of(a, b)
             if share == b - a:
                 places[:] = self.x[a:b]
             else:
-                cells.split_cell(self.x[a:b], w, places, b - a, _LOCAL, _mix(seed, 97, leaf))
+                cells.split_cell(self.x[a:b], w, places, b - a, _LOCAL, mix(seed, 97, leaf))
             error = np.zeros(share)
             cells.scan_cells(self.x[a:b], w, places, self.bounds[leaf], self.code[a:b], self.dist[a:b], error)
 
@@ -192,69 +129,20 @@ class _Clustering:
     def adopt(self, centroids: torch.Tensor, seed: int) -> None:
         """Given centroids: a tree over them makes blocks, and each vector descends to a leaf."""
         places = centroids.numpy() * self.scale
-        with _Clustering(torch.from_numpy(places), None, 1) as tree:
+        with SortedVectors(torch.from_numpy(places), None, 1) as tree:
             nodes, levels = [(0, len(places), len(places))], []
-            for level, fan in enumerate(_fans(len(places), self.dim)):
-                nodes, cuts = tree._split(nodes, fan, seed, level)
+            for level, fan in enumerate(fans(len(places), self.dim)):
+                nodes, cuts = tree.split(nodes, fan, seed, level)
                 levels.append(cuts)
         self.c, self.names = tree.x, tree.source
         self.bounds = np.array([a for a, _, _ in nodes] + [len(places)], np.int64)
         ranges = [(0, self.total)]
         for centers, offsets in levels:
-            self._descend(ranges, centers, offsets)
+            self.assign_within(ranges, centers, offsets)
             self.gather(int(offsets[-1]))
             ranges = list(pairwise(self.starts.tolist()))
-        self._descend(ranges, self.c, self.bounds)
+        self.assign_within(ranges, self.c, self.bounds)
         self.resort()
-
-    def _descend(self, ranges: list[tuple[int, int]], centers: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-        """Codes of the vectors of each range among centers[offsets[r] : offsets[r + 1]]; errors by range."""
-        tasks, owners = [], []
-        for r, (a, b) in enumerate(ranges):
-            own = centers[offsets[r] : offsets[r + 1]]
-            for first in range(a, b, _CHUNK):
-                last = min(first + _CHUNK, b)
-                error = np.zeros(len(own))
-                owners.append((r, error))
-                own_part = [part[first:last] for part in (self.x, self.code, self.dist)]
-                tasks.append((own_part[0], self._weights(first, last), own, offsets[r], *own_part[1:], error))
-        self.each(cells.scan_cells, tasks)
-        totals = [np.zeros(offsets[r + 1] - offsets[r]) for r in range(len(ranges))]
-        for r, error in owners:
-            totals[r] += error
-        return totals
-
-    def _split(
-        self, nodes: list[tuple[int, int, int]], fan: int, seed: int, level: int
-    ) -> tuple[list[tuple[int, int, int]], tuple[np.ndarray, np.ndarray]]:
-        """Splits nodes (first, last, centroids due) into at most `fan` cells each, and gathers the vectors by cell.
-
-        Returns the cells that are not empty: as nodes, and as (centers, offsets by node).
-        """
-        parts = [max(1, min(fan, share // _leaf(self.dim) if level else fan, b - a)) for a, b, share in nodes]
-        offsets = np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
-        centers = np.zeros((offsets[-1], self.dim), np.float32)
-
-        def split(node: int) -> None:
-            a, b, _ = nodes[node]
-            own = centers[offsets[node] : offsets[node + 1]]
-            cells.split_cell(self.x[a:b], self._weights(a, b), own, _SAMPLE * len(own), 8, _mix(seed, level, node))
-
-        self.each(split, [(node,) for node in range(len(nodes))])
-        errors = self._descend([(a, b) for a, b, _ in nodes], centers, offsets)
-        self.gather(int(offsets[-1]))
-        counts = np.diff(self.starts)
-        cuts: list[tuple[int, int, int]] = []
-        for node, (_, _, share) in enumerate(nodes):
-            own = slice(offsets[node], offsets[node + 1])
-            shares = density_shares(torch.from_numpy(errors[node]), torch.from_numpy(counts[own]), share, self.dim)
-            cuts += zip(self.starts[:-1][own].tolist(), self.starts[1:][own].tolist(), shares.tolist(), strict=True)
-        filled = counts > 0
-        kept = np.concatenate([[0], np.cumsum(filled)])[offsets]
-        return [cut for cut in cuts if cut[0] < cut[1]], (centers[filled], kept)
-
-    def _weights(self, first: int, last: int) -> np.ndarray:
-        return self.w[first:last] if len(self.w) else self.w
 
     # Iterating
 
@@ -266,7 +154,7 @@ class _Clustering:
             lambda a, b: cells.update_centroids(
                 self.x, self.w, self.order, self.starts, self.dist, a, b, self.c, self.reach, self.error, worst
             ),
-            _ranges(clusters, 8 * self.threads),
+            even_ranges(clusters, 8 * self.threads),
         )
         empty = np.flatnonzero(np.diff(self.starts) == 0)
         if len(empty):
@@ -295,7 +183,7 @@ class _Clustering:
                 self.x, self.order, self.starts, self.c, self.origin, self.rows, self.reach, self.bounds, self.low,
                 self.high, factor, slack, a, b, self.code, self.dist, self.lists, self.lengths,
             ),
-            _ranges(len(self.bounds) - 1, 16 * self.threads),
+            even_ranges(len(self.bounds) - 1, 16 * self.threads),
         )  # fmt: skip
         self.sort(len(self.c))
 
@@ -309,7 +197,7 @@ class _Clustering:
                 self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _slack(self.dim), a, b,
                 self.code, self.dist, lists, lengths,
             ),
-            _ranges(len(self.c), 16 * self.threads),
+            even_ranges(len(self.c), 16 * self.threads),
         )  # fmt: skip
         self.lists, self.lengths = lists, lengths
         self.sort(len(self.c))
@@ -322,7 +210,7 @@ class _Clustering:
                 if len(self.w)
                 else float(self.dist[a:b].sum(dtype=np.float64))
             ),
-            [(a, min(a + _CHUNK, self.total)) for a in range(0, self.total, _CHUNK)],
+            [(a, min(a + CHUNK, self.total)) for a in range(0, self.total, CHUNK)],
         )
         return sum(parts) / float(self.scale) ** 2
 
@@ -331,7 +219,7 @@ class _Clustering:
         exact = self.dim <= _EXACT_RESULT
         if not exact and self.total <= _FEW * len(self.c):
             # Lists come from the vectors of a home; where there are hardly any, all centroids are looked at.
-            self._descend([(0, self.total)], self.c, np.array([0, len(self.c)]))
+            self.assign_within([(0, self.total)], self.c, np.array([0, len(self.c)]))
             self.sort(len(self.c))
             return
         if exact or self.lists is None:
@@ -353,7 +241,7 @@ class _Clustering:
         codes = np.empty(self.total, np.int64)
         self.each(
             lambda a, b: cells.restore_codes(self.source[a:b], self.code[a:b], names, codes),
-            _ranges(self.total, 8 * self.threads),
+            even_ranges(self.total, 8 * self.threads),
         )
         return torch.from_numpy(codes)
 
@@ -363,9 +251,9 @@ class _Clustering:
         return torch.from_numpy((distances / np.float64(self.scale) ** 2).astype(np.float32))
 
     def result(self, done: int) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-        tasks = [(a, min(a + _CHUNK, self.total)) for a in range(0, self.total, _CHUNK)]
+        tasks = [(a, min(a + CHUNK, self.total)) for a in range(0, self.total, CHUNK)]
         errors = self.each(
-            lambda a, b: cells.exact_objective(self.x[a:b], self._weights(a, b), self.c, self.code[a:b]), tasks
+            lambda a, b: cells.exact_objective(self.x[a:b], self.weights_of(a, b), self.c, self.code[a:b]), tasks
         )
         del self.order, self.lists, self.dist  # codes take their place
         places = np.empty_like(self.c)
@@ -382,29 +270,3 @@ def _slack(dim: int) -> float:
     """Lists hold what came within 1 + slack times the least squared distance of some vector of the home. Distances
     vary less in more dimensions: at d = 16, 0.2 takes 0.7 of the time of 0.3 and ends 0.01 % higher."""
     return 0.3 if dim <= 12 else 0.2
-
-
-def _leaf(dim: int) -> int:
-    """Centroids of a leaf of the tree, and of a block; larger ones start better, and prune worse where boxes prune."""
-    return 32 if dim <= 12 else 128
-
-
-def _ranges(total: int, parts: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, total, max(1, min(parts, total)) + 1).astype(np.int64).tolist()
-    return list(pairwise(edges))
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers."""
-    value = 0
-    for number in numbers:
-        value = (value * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
-    return value
-
-
-def _fans(clusters: int, dim: int) -> list[int]:
-    """Cells that the nodes of each level of the tree are split into."""
-    leaves = clusters // _leaf(dim)
-    if leaves <= 1:
-        return []
-    return [leaves] if leaves <= _FAN else [int(np.ceil(leaves**0.5))] * 2

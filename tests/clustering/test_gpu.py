@@ -35,6 +35,11 @@ def gpu():
     return importlib.import_module("cluscomp_peft.clustering.gpu")
 
 
+@pytest.fixture
+def kernels():
+    return importlib.import_module("cluscomp_peft.clustering.gpu_kernels")
+
+
 def normal(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
@@ -77,17 +82,19 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.parametrize(
     "dim, spread, capability", [(4, True, 80), (4, False, 90), (8, False, 90), (11, False, 90), (16, True, 90)]
 )
-def test_the_assignment_compiles_for_a_gpu_and_spills_nothing(gpu, tmp_path, monkeypatch, dim, spread, capability):
+def test_the_assignment_compiles_for_a_gpu_and_spills_nothing(kernels, tmp_path, monkeypatch, dim, spread, capability):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    rows, registers = gpu.launch_shape(dim)
+    rows, registers = kernels.launch_shape(dim)
     constants = dict(DIM=dim, ROWS=rows, TILE=32, PRUNE=True, SPREAD=spread, DOT=dim > 11, PRECISION="ieee")
     types = {"order": "*i64", "codes": "*i32", "found": "*i32", "spread": "*i8"}
     types |= dict.fromkeys(("total", "clusters", "padded"), "i32") | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(gpu._nearest, {name: types.get(name, "*fp32") for name in gpu._nearest.arg_names}, constants)
+    source = ASTSource(
+        kernels.find_nearest, {name: types.get(name, "*fp32") for name in kernels.find_nearest.arg_names}, constants
+    )
     target, options = GPUTarget("cuda", capability, 32), {"num_warps": 4, "maxnreg": registers}
     compiled = compile(source, target=target, options=options)
     assert "fma.rn.f32" in compiled.asm["ptx"]
@@ -111,8 +118,8 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
 @direct
 @needs_triton
-def test_sizes_of_matrices_do_not_make_triton_compile_anew(gpu):
-    for kernel, sizes in ((gpu._nearest, {"total", "clusters"}), (gpu._settle, {"total"})):
+def test_sizes_of_matrices_do_not_make_triton_compile_anew(gpu, kernels):
+    for kernel, sizes in ((kernels.find_nearest, {"total", "clusters"}), (kernels.keep_nearer, {"total"})):
         assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == sizes
     # The third size is a multiple of the boxes of two levels, whatever the matrix.
     assert gpu._TILE**3 % 16 == 0
@@ -151,12 +158,12 @@ def check_nearest(gpu, kind: str, dim: int, device: str = "cpu", total: int = 0,
 
 @interpreted
 @pytest.mark.parametrize("dim", [2, 13])
-def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, monkeypatch, dim):
+def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, kernels, monkeypatch, dim):
     centroids = normal(1100, dim, seed=1)
     vectors = centroids[:4].repeat(32, 1) + 0.02 * normal(128, dim)
     job = gpu.Clustering(vectors[None], None, centroids[None])
-    tiles, lowest = [], gpu._lowest
-    monkeypatch.setattr(gpu, "_lowest", lambda mask: tiles.append(0) or lowest(mask))
+    tiles, lowest = [], kernels._lowest
+    monkeypatch.setattr(kernels, "_lowest", lambda mask: tiles.append(0) or lowest(mask))
     job.arrange()
     job.assign(prune=False)
     codes, distances, full = job.codes.clone(), job.distances.clone(), len(tiles)

@@ -25,7 +25,7 @@ from random_models import SHAPES
 from report import Report
 from timing import forget_peak, is_cuda, measure_limits, peaks, seconds, timed
 
-from cluscomp_peft.clustering import gpu
+from cluscomp_peft.clustering import gpu, gpu_kernels
 from cluscomp_peft.codes import group
 from cluscomp_peft.compress.policy import Policy
 
@@ -122,7 +122,7 @@ def measure_steps(dim: int, limits: dict, options: argparse.Namespace) -> dict[s
         "full, s": clock(lambda: job.assign(prune=False)),
         "update, s": clock(job.update),
     }
-    if vectors.shape[1] > gpu.MAX_SPELLED:
+    if vectors.shape[1] > gpu_kernels.MAX_SPELLED:
         # Tensor cores on three parts of each number: a candidate, if what it misses is little.
         job.assign()
         exact = float(job.distances.double().sum())
