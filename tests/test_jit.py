@@ -121,7 +121,7 @@ def run_code(code: str, **environment: str) -> str:
 LAYER = """
 import torch
 from cluscomp_peft import kmeans, ops
-from cluscomp_peft.clustering.search import Nearest
+from cluscomp_peft.clustering.search import CentroidSearch
 from cluscomp_peft.codes import pack
 generator = torch.Generator().manual_seed(0)
 codes = torch.randint(0, 64, (160, 100), generator=generator)
@@ -182,7 +182,7 @@ with warnings.catch_warnings(record=True) as caught:
         for _ in range(2):
             assert kmeans(vectors, 1000, iterations=1)[2].engine == "torch"
         points = vectors[:2000]
-        assert torch.equal(Nearest(points)(points[:300]), torch.arange(300))
+        assert torch.equal(CentroidSearch(points)(points[:300]), torch.arange(300))
         try:
             kmeans(vectors, 1000, engine="cpu")
         except Exception:

@@ -3,11 +3,11 @@
     scalar    d = 1: dynamic programming, or Lloyd on sorted values                                any device
     cpu       d ≤ 16, n ≤ 65,536: sorted vectors, pruned assignment, numba                        CPU
     cuda      fused assignment in Triton                                                          CUDA
-    torch     plain Lloyd, the judge of the others; does the work where numba or Triton cannot    any device
+    torch     plain Lloyd, against which the others are tested; used without numba or Triton    any device
 
 Engines share one signature, (vectors [N, d] fp32, num_clusters, weights [N] or None, start centroids [n, d] or None,
-iterations, tolerance, seed, threads, progress) → (centroids, codes, objective, iterations done). All but
-"torch" find a density start of their own.
+iterations, tolerance, seed, threads, progress) → (centroids, codes, objective, iterations done). Without
+a start, all but "torch" choose a density start themselves.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def kmeans(
 
     Args:
         vectors (`torch.Tensor`): [N, d], fp32, fp16 or bf16, on any device; all work is done there.
-        num_clusters (`int`): n, 2 … N. Where it is no less than the distinct vectors, nothing is lost, and the
-            centroids that are left over are 0 and marked in `KMeansInfo.unused`.
+        num_clusters (`int`): n, 2 … N. If there are no more than n distinct vectors, the error is 0, and the centroids
+            that no vector uses are 0 and marked in `KMeansInfo.unused`.
         weights (`torch.Tensor`, *optional*): [N], how much the error of each vector counts; at least 0, not all 0.
         quality (`str`): "fast", "default" or "best": sets `iterations` and `tolerance` where they are not given.
         iterations (`int`, *optional*): At most so many Lloyd iterations.
         tolerance (`float`, *optional*): Stop when an iteration lowers the objective by less than this share.
         seed (`int`): Same seed, engine and machine give the same bytes, with any number of threads.
-        init (`str` or `torch.Tensor`): "density" places the first centroids where they serve best, "random" at
-            distinct random vectors; a tensor [n, d] is taken as it is.
+        init (`str` or `torch.Tensor`): "density" spreads the first centroids with the density of least error,
+            "random" takes distinct random vectors; a tensor [n, d] is used as it is.
         engine (`str`): "scalar", "cpu", "cuda", "torch", or "auto" for the fastest one that can do it.
-        threads (`int`, *optional*): Of the cpu engine; PyTorch's number by default.
+        threads (`int`, *optional*): Threads of the cpu engine; PyTorch's number by default.
         progress (`Callable`, *optional*): Called with (iteration, objective).
 
     Returns:
@@ -92,7 +92,7 @@ def kmeans(
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}.")
-    chosen = engine == "auto"  # by us, who may choose again
+    chosen = engine == "auto"  # then another engine may replace one that fails
     engine = _choose_engine(engine, vectors, num_clusters)
 
     started = time.perf_counter()
@@ -117,7 +117,7 @@ def kmeans(
         try:
             codebook, codes, objective, done = _run(engine, *given)
         except Exception as error:
-            # Who runs out of memory, or stops by `progress`, wants no slower engine.
+            # A slower engine is no cure for a lack of memory, nor for an exception raised by `progress`.
             ended = raised or isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if ended or not chosen or engine not in COMPILED:
                 raise
@@ -206,9 +206,10 @@ def _run(
     threads: int,
     progress: Callable[[int, float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-    """What an engine makes of vectors and weights in units that fp32 can square; those of "scalar" are fp64."""
+    """Runs an engine on vectors and weights scaled so that their squares stay within fp32. "scalar" computes in fp64
+    and needs no scaling."""
     lengths, shares = (0, 0) if engine == "scalar" else (_exponent(vectors), _exponent(weights))
-    unit = 2.0 ** (2 * lengths + shares)  # what the objective is counted in
+    unit = 2.0 ** (2 * lengths + shares)  # the factor by which the objective of the scaled problem is too small
     vectors, weights, start = _scaled(vectors, lengths), _scaled(weights, shares), _scaled(start, lengths)
     if start is None and engine == "torch":
         start = density_start(vectors, num_clusters, weights, seed)
@@ -239,8 +240,8 @@ def _engine(engine: str) -> Callable:
 
 
 def _exponent(values: torch.Tensor | None) -> int:
-    """The power of two that values are to be counted in: 0, unless sums of squares or products with weights of them
-    could leave fp32."""
+    """The exponent of the power of two by which values are divided: 0, unless sums of their squares, or products with
+    weights, could leave the range of fp32."""
     if values is None:
         return 0
     exponent = int(torch.frexp(values.abs().max())[1])
@@ -253,10 +254,11 @@ def _scaled(values: Any, exponent: int) -> Any:
 
 
 def _lossless(vectors: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Codebook and codes that lose nothing, if there are no more distinct vectors than centroids."""
+    """Codebook and codes without error, if there are no more distinct vectors than centroids."""
     if num_clusters == len(vectors):
         return vectors.clone(), torch.arange(len(vectors), device=vectors.device)
-    # A hash of some vectors tells at once that there are more, as nearly always: equal vectors have equal hashes.
+    # Equal vectors have equal hashes. So more than n distinct hashes of a sample prove more than n distinct vectors,
+    # which is nearly always the case and quickly seen.
     step = max(1, len(vectors) // (2 * num_clusters))
     bits = (vectors[::step] + 0.0).view(torch.int32).long()
     factors = torch.tensor([(2 * j + 1) * 0x9E3779B97F4A7C15 % (1 << 62) for j in range(1, bits.shape[1] + 1)])

@@ -1,12 +1,12 @@
 """The compiled steps of the CPU engine: splitting, sorting, means. Plain functions on numpy arrays, without state.
 
-Names, here and in `nearest`:
+Names, here and in `assignment`:
 
     x [N, d] fp32, w [N] fp32 (empty: no weights)     vectors and weights, sorted so that neighbours lie together
     code [N] uint16, dist [N] fp32                    centroid of each vector and the squared distance to it
     order [N] int32, starts [n + 1] int64             vectors of centroid k: order[starts[k] : starts[k + 1]]
     c [n, d] fp32                                     centroids; a *block* is a run of neighbours
-    bounds [blocks + 1] int64, low / high [d, blocks] where blocks begin, and their bounding boxes
+    bounds [blocks + 1] int64, low / high [d, blocks] starts of blocks, and their bounding boxes
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ __all__ = [
     "MARGIN",
     "SLAB",
     "bound_blocks",
-    "candidates",
     "count_codes",
     "distance",
     "exact_objective",
@@ -30,14 +29,15 @@ __all__ = [
     "pack",
     "rank_codes",
     "restore_codes",
+    "rows_for_scan",
     "scan_cells",
     "scan_chunks",
     "split_cell",
     "update_centroids",
 ]
 
-SLAB = 4096  # vectors handled at once: what their buffers take stays in the cache
-MARGIN = np.float32(1 + 1e-5)  # bounds are rounded to fp32; nothing that matters may fall outside
+SLAB = 4096  # vectors handled at once, so that their buffers stay in the cache
+MARGIN = np.float32(1 + 1e-5)  # widens bounds by their rounding in fp32, so that no centroid within them is missed
 
 
 @njit(nogil=True)
@@ -74,7 +74,7 @@ def pack(x, first, last, origin, packed, norms):
 
 
 @njit(nogil=True)
-def candidates(c, origin, rows):
+def rows_for_scan(c, origin, rows):
     """Rows of centroids for `scan`, relative to origin."""
     dim = c.shape[1]
     for k in range(len(c)):
@@ -115,7 +115,7 @@ def _mean(x):
 
 @njit(nogil=True)
 def distance(x, i, c, k):
-    """Squared distance, from the difference: a score plus a norm keeps no digits of a much smaller distance."""
+    """Squared distance, from the difference: score plus norm would lose the digits of a distance much below both."""
     total = np.float32(0)
     for j in range(x.shape[1]):
         delta = x[i, j] - c[k, j]
@@ -125,7 +125,7 @@ def distance(x, i, c, k):
 
 @njit(nogil=True)
 def split_cell(x, w, c, sample, iterations, seed):
-    """Centroids c (written) for x: random distinct places of a sample, then a few Lloyd iterations on it."""
+    """Writes centroids c for x: random vectors of a sample of x, then `iterations` of Lloyd on the sample."""
     dim, clusters, total = x.shape[1], len(c), len(x)
     state = np.empty(1, np.uint64)
     state[0] = np.uint64(seed)
@@ -156,7 +156,7 @@ def split_cell(x, w, c, sample, iterations, seed):
     origin = _mean(y)
     chunks = pack(y, 0, count, origin, packed, norms)
     for _ in range(iterations):
-        candidates(c, origin, rows)
+        rows_for_scan(c, origin, rows)
         best[:] = np.inf
         index[:] = 0
         scan_chunks(packed, rows, clusters, chunks, dim, best, index)
@@ -188,7 +188,7 @@ def scan_cells(x, w, c, offset, code, dist, error):
     dim, total = x.shape[1], len(x)
     origin = _mean(c)
     rows = np.empty((len(c), dim + 1), np.float32)
-    candidates(c, origin, rows)
+    rows_for_scan(c, origin, rows)
     packed, norms = np.empty(SLAB * dim, np.float32), np.empty(SLAB, np.float32)
     best, index = np.empty(SLAB, np.float32), np.empty(SLAB, np.int32)
     for first in range(0, total, SLAB):
@@ -237,9 +237,9 @@ def gather_vectors(old, places, new):
 def update_centroids(x, w, order, starts, dist, first, last, c, reach, error, worst):
     """Centroids [first, last) move to their weighted mean (fp64). Written for each of them:
 
-    reach   no vector of it is farther from its new place than this
+    reach   an upper bound on the distance of its vectors to its new place
     error   weighted squared distance of its vectors to its old place
-    worst   its vector with the largest share of that, −1 without vectors
+    worst   the vector with the largest part of that error, −1 without vectors
     """
     dim = x.shape[1]
     total = np.empty(dim)
@@ -271,7 +271,7 @@ def update_centroids(x, w, order, starts, dist, first, last, c, reach, error, wo
 
 @njit(nogil=True)
 def measure_reach(order, starts, dist, reach):
-    """The reach of centroids that have not moved since `dist` was written."""
+    """Writes the reach of centroids that have not moved since `dist` was written."""
     for k in range(len(reach)):
         far = np.float32(0)
         for t in range(starts[k], starts[k + 1]):
@@ -293,7 +293,7 @@ def bound_blocks(c, bounds, low, high):
 
 @njit(nogil=True)
 def restore_codes(source, code, names, codes):
-    """Codes by name, at the places where the vectors came from."""
+    """Codes in the order of the given vectors, in terms of the given centroids."""
     for i in range(len(code)):
         codes[source[i]] = names[code[i]]
 

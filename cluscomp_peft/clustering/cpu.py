@@ -1,13 +1,15 @@
-"""The CPU engine: Lloyd's algorithm whose vectors remember where they were served.
+"""The CPU engine: Lloyd's algorithm that searches for each vector from the centroid it had before.
 
-    start      a tree of small clusterings places centroids in proportion to SSE^(d / (d + 2)) of each cell, the share
-               that minimises the total error at high rate (Zador 1982; Panter & Dite 1951 for d = 1); random vectors,
-               the usual start, crowd where the data are dense and lose 7 to 20 % at d = 4
-    iterate    vectors sorted by centroid → weighted means → nearest centroid, exact for d ≤ 4, from lists above
-    finish     for d ≤ 6 the last assignment is exact
+    start      A tree of small clusterings cuts the vectors into cells. Each cell gets centroids in proportion to
+               SSE^(d / (d + 2)), which minimises the total error of many centroids (Zador 1982; Panter & Dite 1951
+               for d = 1). Random vectors, the usual start, are too dense where the data are dense: after them the
+               objective is 7 to 20 % higher at d = 4.
+    iterate    Vectors are sorted by centroid, centroids move to the weighted means, and vectors to the nearest
+               centroid. That search is exact for d ≤ 4; above, it compares with lists of near centroids.
+    finish     For d ≤ 6 the last assignment is exact.
 
-The steps are compiled (`cells`, `nearest`, `scan`). Every vector, centroid and sum has one owner, whichever
-thread works on it, so the bytes of the result do not depend on the number of threads.
+The steps are compiled (`cells`, `assignment`, `scan`). The work is cut into the same sums whichever thread does it, so
+the bytes of the result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from . import cells, nearest
+from . import assignment, cells
 from .lloyd import iterate
 from .sorted_vectors import CHUNK, SortedVectors, even_ranges, fans, mix
 
 __all__ = ["assign", "lloyd_cells"]
 
-_LOCAL = 10  # iterations inside a leaf, against few centroids: ten cost less than one of the whole, and save three
+_LOCAL = 10  # iterations inside a leaf: ten of them take less time than one over all centroids, and save three
 _EXACT_ITERATIONS = 4  # up to this dimension pruning makes exact iterations cheaper than lists
-_EXACT_RESULT = 6
-_RESORT = (1, 3, 8, 20, 50)
-_LIST = 256
-_FEW = 4  # vectors for each centroid
-_SETTLED = 1e-3  # wide passes at the end stop when one lowers the objective by less
+_EXACT_RESULT = 6  # up to this dimension the last assignment is exact
+_RESORT = (1, 3, 8, 20, 50)  # iterations after which the vectors themselves are sorted by code again
+_LIST = 256  # centroids of a list at most
+_FEW = 4  # vectors per centroid up to which lists are not worth it
+_CONVERGED = 1e-3  # the wide passes at the end stop when one lowers the objective by a smaller share
 
 
 def lloyd_cells(
@@ -53,7 +55,7 @@ def lloyd_cells(
         centroids [n, d] fp32, codes [N] int64, the objective, and the iterations done.
     """
     with _Clustering(vectors, weights, threads) as job:
-        job.plant(num_clusters, seed) if start is None else job.adopt(start, seed)
+        job.start_by_density(num_clusters, seed) if start is None else job.start_from(start, seed)
         exact = job.dim <= _EXACT_ITERATIONS
 
         def step(iteration: int) -> float:
@@ -79,11 +81,11 @@ def assign(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest of the centroids [n, d] for each vector [N, d]: codes [N] int64 and squared distances [N] fp32.
 
-    Exact up to d = 6. Above, vectors descend along lists of neighbours until few move; what that loses was below
-    0.3 % of the summed distance on weights (`recipes/benchmarks/kmeans_speed.py` measures it).
+    Exact up to d = 6. Above, vectors move along lists of near centroids until few still move; on weights the sum of
+    the distances is then less than 0.3 % above the exact one (`recipes/benchmarks/kmeans_speed.py` measures it).
     """
     with _Clustering(vectors, None, threads) as job:
-        job.adopt(centroids, seed)
+        job.start_from(centroids, seed)
         job.finish()
         return job.codes(), job.distances()
 
@@ -104,8 +106,8 @@ class _Clustering(SortedVectors):
 
     # Starting
 
-    def plant(self, clusters: int, seed: int) -> None:
-        """The density start: centroids, blocks, and every vector at the nearest centroid of its leaf."""
+    def start_by_density(self, clusters: int, seed: int) -> None:
+        """The density start: writes centroids and blocks, and gives every vector the nearest centroid of its leaf."""
         nodes = [(0, self.total, clusters)]
         for level, fan in enumerate(fans(clusters, self.dim)):
             nodes, _ = self.split(nodes, fan, seed, level)
@@ -113,7 +115,7 @@ class _Clustering(SortedVectors):
         self.bounds = np.concatenate([[0], np.cumsum(shares)]).astype(np.int64)
         self.c = np.zeros((clusters, self.dim), np.float32)
 
-        def settle(leaf: int) -> None:
+        def cluster_leaf(leaf: int) -> None:
             a, b, share = nodes[leaf]
             places, w = self.c[self.bounds[leaf] : self.bounds[leaf + 1]], self.weights_of(a, b)
             if share == b - a:
@@ -123,11 +125,11 @@ class _Clustering(SortedVectors):
             error = np.zeros(share)
             cells.scan_cells(self.x[a:b], w, places, self.bounds[leaf], self.code[a:b], self.dist[a:b], error)
 
-        self.each(settle, [(leaf,) for leaf in range(len(nodes))])
+        self.each(cluster_leaf, [(leaf,) for leaf in range(len(nodes))])
         self.resort()
 
-    def adopt(self, centroids: torch.Tensor, seed: int) -> None:
-        """Given centroids: a tree over them makes blocks, and each vector descends to a leaf."""
+    def start_from(self, centroids: torch.Tensor, seed: int) -> None:
+        """Starts from given centroids [n, d]: a tree over them makes the blocks; each vector descends to a leaf."""
         places = centroids.numpy() * self.scale
         with SortedVectors(torch.from_numpy(places), None, 1) as tree:
             nodes, levels = [(0, len(places), len(places))], []
@@ -158,28 +160,28 @@ class _Clustering(SortedVectors):
         )
         empty = np.flatnonzero(np.diff(self.starts) == 0)
         if len(empty):
-            # Each goes to the worst served vector of one of the worst served centroids.
+            # Each moves onto the vector with the largest error of one of the centroids with the largest errors.
             donors = np.argsort(-self.error, kind="stable")[: len(empty)]
             donors = donors[self.error[donors] > 0]
             self.c[empty[: len(donors)]] = self.x[worst[donors]]
 
-    def _bound(self) -> None:
-        """Boxes of the blocks, and rows of all centroids, for the places where they are now."""
+    def _measure_blocks(self) -> None:
+        """Computes the bounding boxes of the blocks, and the rows for `collect`, from the present centroids."""
         blocks = len(self.bounds) - 1
         self.low, self.high = np.empty((self.dim, blocks), np.float32), np.empty((self.dim, blocks), np.float32)
         cells.bound_blocks(self.c, self.bounds, self.low, self.high)
         self.origin = self.c.mean(0, dtype=np.float64).astype(np.float32)
         self.rows = np.empty((len(self.c), self.dim + 1), np.float32)
-        nearest.collectable(self.c, self.origin, self.rows)
+        assignment.rows_for_collect(self.c, self.origin, self.rows)
 
     def assign(self, factor: float, slack: float = 0.0) -> None:
-        """A full assignment; with `slack` it also writes the lists that `assign_listed` goes by."""
+        """An assignment by bounds; with `slack` > 0 it also writes the lists that `assign_listed` uses."""
         clusters = len(self.c)
         self.lists = np.empty((clusters, _LIST if slack > 0 else 0), np.uint16)
         self.lengths = np.zeros(clusters, np.int32)
-        self._bound()
+        self._measure_blocks()
         self.each(
-            lambda a, b: nearest.assign(
+            lambda a, b: assignment.assign(
                 self.x, self.order, self.starts, self.c, self.origin, self.rows, self.reach, self.bounds, self.low,
                 self.high, factor, slack, a, b, self.code, self.dist, self.lists, self.lengths,
             ),
@@ -188,12 +190,12 @@ class _Clustering(SortedVectors):
         self.sort(len(self.c))
 
     def assign_listed(self, wide: bool) -> None:
-        """An assignment by lists; a wide one also follows the lists of the listed, and renews them."""
+        """An assignment by lists; a wide one also searches the lists of the listed centroids, and writes new lists."""
         lists, lengths = (
             (np.empty_like(self.lists), np.zeros_like(self.lengths)) if wide else (self.lists, self.lengths)
         )
         self.each(
-            lambda a, b: nearest.assign_listed(
+            lambda a, b: assignment.assign_listed(
                 self.x, self.order, self.starts, self.c, self.lists, self.lengths, wide, _slack(self.dim), a, b,
                 self.code, self.dist, lists, lengths,
             ),
@@ -203,7 +205,7 @@ class _Clustering(SortedVectors):
         self.sort(len(self.c))
 
     def objective(self) -> float:
-        """Of the last assignment, from its distances."""
+        """The objective of the last assignment, from its distances."""
         parts = self.each(
             lambda a, b: (
                 float(self.dist[a:b].astype(np.float64) @ self.w[a:b].astype(np.float64))
@@ -215,10 +217,10 @@ class _Clustering(SortedVectors):
         return sum(parts) / float(self.scale) ** 2
 
     def finish(self) -> None:
-        """The last assignment, to the centroids as they are."""
+        """The last assignment, to the present centroids, which do not move any more."""
         exact = self.dim <= _EXACT_RESULT
         if not exact and self.total <= _FEW * len(self.c):
-            # Lists come from the vectors of a home; where there are hardly any, all centroids are looked at.
+            # Lists are made from the vectors of a centroid. Where it has few, vectors are compared with all centroids.
             self.assign_within([(0, self.total)], self.c, np.array([0, len(self.c)]))
             self.sort(len(self.c))
             return
@@ -230,7 +232,7 @@ class _Clustering(SortedVectors):
         while not exact:
             self.assign_listed(wide=True)
             objective = self.objective()
-            if previous - objective <= _SETTLED * objective:
+            if previous - objective <= _CONVERGED * objective:
                 break
             previous = objective
 
@@ -255,18 +257,20 @@ class _Clustering(SortedVectors):
         errors = self.each(
             lambda a, b: cells.exact_objective(self.x[a:b], self.weights_of(a, b), self.c, self.code[a:b]), tasks
         )
-        del self.order, self.lists, self.dist  # codes take their place
+        del self.order, self.lists, self.dist  # the memory is needed for the codes
         places = np.empty_like(self.c)
         places[slice(None) if self.names is None else self.names] = self.c
         return torch.from_numpy(places / self.scale), self.codes(), sum(errors) / float(self.scale) ** 2, done
 
 
 def _first_factor(dim: int) -> float:
-    """How far the first lists look, as a factor of the distance of a vector to its home; wide passes mend the rest."""
+    """How far from its home the nearest centroid of a vector is looked for when lists are first written, in units of
+    the vector's distance to its home. Wide passes find the nearest centroids beyond."""
     return max(1.25, 1.85 - 0.05 * dim)
 
 
 def _slack(dim: int) -> float:
-    """Lists hold what came within 1 + slack times the least squared distance of some vector of the home. Distances
-    vary less in more dimensions: at d = 16, 0.2 takes 0.7 of the time of 0.3 and ends 0.01 % higher."""
+    """A list holds the centroids within 1 + slack times the least squared distance of some vector of the home. In more
+    dimensions distances differ less: at d = 16, 0.2 takes 0.7 of the time of 0.3, and the objective is 0.01 % higher.
+    """
     return 0.3 if dim <= 12 else 0.2

@@ -9,14 +9,14 @@ from ..failures import in_words
 
 __all__ = ["COMPILED", "can_compile", "give_up", "installed"]
 
-COMPILED = {"cpu": "numba", "cuda": "triton"}  # and what compiles them
+COMPILED = {"cpu": "numba", "cuda": "triton"}  # engine: the package that compiles it
 _broken: set[str] = set()
 
 
 def installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # something without a spec takes its place
+    except ValueError:  # a module without a spec stands in its place
         return False
 
 
@@ -25,7 +25,7 @@ def can_compile(engine: str) -> bool:
 
 
 def give_up(engine: str, error: Exception) -> None:
-    """An engine that failed is not chosen again, and that is said once."""
+    """Marks an engine that failed, so that it is not chosen again in this process, and warns the first time."""
     if engine not in _broken:
         why, cure = in_words(error, f"Reinstall {COMPILED[engine]}")
         warnings.warn(

@@ -1,21 +1,20 @@
 """The CUDA engine: Lloyd's algorithm on Triton kernels that never write an N × n matrix.
 
-    assign     A program holds a block of vectors and reads tiles of 32 centroids. Each slot (vector, column) keeps its
-               least score |c|² − 2 v·c and the tile it came from; columns are reduced once, at the end. All is taken
-               relative to a vector of the block, so fp32 keeps its digits far from 0; blocks that straddle far
-               clusters, where it would not, are left to a second launch that sums squared differences.
-    prune      Vectors are sorted by (code, distance), centroids by repeated halving along their widest axis. A tile is
-               left out if the gap between its bounding box and the block's exceeds the largest distance that a vector
-               of the block has to its present centroid: nothing nearer can lie in it. So are words of 32 tiles. On
-               LLM-like weights 0.7 % of the tiles remain at d = 4, 5 % at 6, 31 % at 8, nearly all from 12 on
-               (simulated, n = 65,500). Balls about the blocks' centroids prune less than boxes (0.875 against 0.864
-               at d = 8, n = 8,192), both together hardly more (0.831).
-    update     Members of a centroid lie side by side in that order; one program sums them in fp64.
+    assign     A program holds a chunk of vectors and reads tiles of 32 centroids. Each slot (vector, column of the
+               tile) keeps its least score |c|² − 2 v·c and the tile of that score; the 32 columns are reduced once, at
+               the end. Coordinates are relative to a vector of the chunk, so that fp32 keeps its digits far from 0.
+               Chunks whose vectors lie too far apart for that go to a second launch, which sums squared differences.
+    prune      Vectors are sorted by (code, distance), and centroids by repeated halving along their widest axis. No
+               nearer centroid can be in a tile if the gap between its bounding box and that of the chunk exceeds the
+               largest distance of a vector of the chunk to its present centroid: such tiles are skipped. The same
+               holds for words, which are 32 tiles. On LLM-like weights 0.7 % of the tiles remain at d = 4, 5 % at 6,
+               31 % at 8, and nearly all from 12 on (simulated, n = 65,500).
+    update     In that order the vectors of a centroid lie side by side. One program per centroid sums them in fp64.
 
-Sums over dimensions are spelled out up to d = 11; above, `tl.dot` padded to 16 dimensions needs fewer instructions for
-a score (26 against 32 at d = 16, compiled for sm_90). Its precision "ieee" is fp32. A vector moves only to a centroid
-that is nearer by distances recomputed from differences, so rounding in the scores cannot raise the objective. Nothing
-depends on the order in which programs run: the same seed gives the same bytes.
+Loops over dimensions are unrolled up to d = 11. Above, `tl.dot` padded to 16 dimensions needs fewer instructions per
+score (26 against 32 at d = 16, compiled for sm_90); its precision "ieee" is fp32. A vector moves only to a centroid
+whose distance, recomputed from differences, is smaller, so that rounding in the scores cannot raise the objective.
+Nothing depends on the order in which programs run: the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from .start import density_start
 __all__ = ["MAX_DIM", "Clustering", "available", "lloyd_triton", "lloyd_triton_batched"]
 
 MAX_DIM = 16
-_TILE = 32  # centroids of a tile, and tiles of a word: bits of a mask
-_LEAST = 4  # centroids of the coarsest pass that finds the first codes
-_FINER = 8  # and how many times as many the next one has
-_MEMBERS = 128  # read at once for a sum
+_TILE = 32  # centroids of a tile, and tiles of a word: the bits of a mask
+_LEAST = 4  # the first codes come from passes over ever more centroids; the coarsest has at least so many,
+_FINER = 8  # and each pass has so many times as many as the one before
+_MEMBERS = 128  # vectors of a centroid that are summed at once
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -117,10 +116,10 @@ def lloyd_triton_batched(
             for b, objective in enumerate(job.objectives()):
                 if results[b] is not None:
                     continue
-                settled = iteration > 1 and objectives[b] - objective <= tolerance * objectives[b]
+                converged = iteration > 1 and objectives[b] - objective <= tolerance * objectives[b]
                 objectives[b], done[b] = objective, iteration
-                if settled or iteration == iterations:
-                    results[b] = job.result(b)  # it idles along with the others from here on
+                if converged or iteration == iterations:
+                    results[b] = job.result(b)  # from here on it is computed along with the others, in vain
             if progress is not None:
                 progress(iteration, sum(objectives))
             if all(result is not None for result in results):
@@ -129,15 +128,19 @@ def lloyd_triton_batched(
 
 
 def _assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `lloyd.assign`, without its table of scores: 1,024 for each vector are more to write and read than to
-    compute."""
+    """As `lloyd.assign`, but without a matrix of scores: writing and reading 1,024 scores per vector takes longer
+    than computing them."""
     job = Clustering(vectors[None], None, centroids[None])
     job.locate()
     return job.result(0)[1], job.distances
 
 
 class Clustering:
-    """Vectors [B, N, d], centroids [B, n, d], and where each vector is served."""
+    """Vectors [B, N, d] with optional weights [B, N], centroids [B, n, d], and the code of each vector.
+
+    The B matrices are stored one behind another: vectors [B · N, d], codes [B · N] int32 and squared distances
+    [B · N] fp32. `names` [B, n] holds the index that each centroid had when it was given.
+    """
 
     def __init__(self, vectors: torch.Tensor, weights: torch.Tensor | None, centroids: torch.Tensor) -> None:
         self.batch, self.total, self.dim = vectors.shape
@@ -153,7 +156,7 @@ class Clustering:
         self.updates = 0
 
     def locate(self) -> None:
-        """First codes: the nearest of few centroids, of 8 times as many near those, and so on to all of them."""
+        """First codes: the nearest among few centroids, then among 8 times as many, and so on up to all of them."""
         self.arrange()
         self.codes.zero_()
         stride = 1
@@ -168,7 +171,7 @@ class Clustering:
             self.sort()
 
     def arrange(self) -> None:
-        """Neighbouring centroids get neighbouring numbers."""
+        """Renumbers the centroids so that neighbours in space have neighbouring codes."""
         order = _spatial_order(self.centroids)
         self.centroids = self.centroids.gather(1, order[:, :, None].expand(-1, -1, self.dim))
         self.names = self.names.gather(1, order)
@@ -188,7 +191,8 @@ class Clustering:
         self.starts = pad(torch.searchsorted(keys, codes << 15), (0, 1), value=len(keys))
 
     def update(self) -> None:
-        """Weighted means; a centroid that serves nothing goes to the vector that is served worst."""
+        """Moves centroids to the weighted means of their vectors, and those without vectors to the vectors with the
+        largest weighted distances."""
         self.sort()
         self.updates += 1
         count, device = self.batch * self.clusters, self.vectors.device
@@ -211,11 +215,11 @@ class Clustering:
                 worst = costs.topk(min(len(places), len(costs))).indices
                 means[b, places[: len(worst)]] = vectors[b, worst]
         self.centroids = means
-        if repaired or self.updates & (self.updates - 1) == 0:  # centroids drift ever less
+        if repaired or self.updates & (self.updates - 1) == 0:  # centroids move ever less
             self.arrange()
 
     def assign(self, centroids: torch.Tensor | None = None, prune: bool = True, precision: str = "ieee") -> None:
-        """Nearest of the centroids, all of them by default, for each vector: codes and distances."""
+        """Writes the code of the nearest of `centroids` (by default all) for each vector, and the distance to it."""
         centroids = self.centroids if centroids is None else centroids
         clusters = centroids.shape[1]
         unused = -clusters % _TILE**3

@@ -18,7 +18,7 @@ except ImportError:  # `gpu.available` says so
 
 __all__ = ["MAX_SPELLED", "find_nearest", "keep_nearer", "launch_shape", "sum_members", "triton"]
 
-MAX_SPELLED = 11  # dimensions whose sums are spelled out; above, `tl.dot` is used
+MAX_SPELLED = 11  # largest dimension whose loops are unrolled; above, `tl.dot` is used
 
 
 def _jit(*unspecialised: str) -> Callable:
@@ -41,7 +41,7 @@ def launch_shape(dim: int) -> tuple[int, int]:
 
 @_jit()
 def _near(low, high, stride, first, own_low, own_high, bound, DIM: tl.constexpr, TILE: tl.constexpr):
-    """Bit i is set unless all of box first + i is farther than `bound` (squared) from all of the own box."""
+    """A mask: bit i is set if the squared gap between box first + i and the chunk's own box is at most `bound`."""
     box = tl.arange(0, TILE)
     gaps = tl.zeros([TILE], tl.float32)
     for k in tl.static_range(DIM):
@@ -56,7 +56,7 @@ def _near(low, high, stride, first, own_low, own_high, bound, DIM: tl.constexpr,
 
 @_jit()
 def _lowest(mask):
-    """The lowest bit of a mask, and its number: the exponent of that power of two."""
+    """The lowest set bit of a mask as a power of two, and its position, which is the exponent of that power."""
     bit = mask & -mask
     return bit, (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
@@ -67,7 +67,7 @@ def find_nearest(
     DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRUNE: tl.constexpr, SPREAD: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The nearest centroid, as far as scores tell, of each vector in sorted order: `found`."""
+    """Writes to `found` the nearest centroid by score of each vector, in sorted order."""
     batch = tl.program_id(1).to(tl.int64)
     spread += batch * tl.num_programs(0) + tl.program_id(0)
     if SPREAD:
@@ -96,7 +96,7 @@ def find_nearest(
         step = value - tl.sum(value, 0) / ROWS
         off += step * step
     bound = tl.max(present, 0)
-    # The origin is the vector nearest to the mean: unlike the mean, it is not drawn away by an outlier.
+    # The origin is the vector nearest to the mean: an outlier can pull the mean away from all other vectors.
     origin = tl.sum(tl.where(tl.arange(0, ROWS) == tl.argmin(off, 0), row, 0), 0)
     moved = ()
     if SPREAD:
@@ -111,7 +111,8 @@ def find_nearest(
             middle += (value,)
             moved += (step,)
             off += step * step
-        # Far from the origin, scores would lose the digits that tell neighbours apart: left to differences.
+        # Scores of vectors far from the origin lose the digits that tell neighbours apart. Such chunks are marked for
+        # the launch that sums squared differences.
         wide = tl.max(off, 0) > 1024 * bound
         tl.store(spread, wide.to(tl.int8))
         words = tl.where(wide, 0, words)
@@ -121,7 +122,7 @@ def find_nearest(
             moved = tl.load(vectors + row[:, None] * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
             moved = (middle[None, :] - moved) * 2
     if not PRUNE:
-        bound = bound * 0 + 3e38  # boxes of nothing are infinitely far
+        bound = bound * 0 + 3e38  # only boxes without centroids, which are infinitely far, are skipped
 
     lane = tl.arange(0, TILE)
     least = tl.full([ROWS, TILE], float("inf"), tl.float32)
@@ -167,7 +168,7 @@ def find_nearest(
 
 @_jit("total")
 def keep_nearer(vectors, order, codes, distances, found, places, total, padded, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """Codes become what was found where that is nearer; distances follow."""
+    """Replaces codes by those found where these are nearer, and writes the squared distances."""
     batch = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = at < total
@@ -192,7 +193,7 @@ def sum_members(
     vectors, weights, order, starts, sums, mass,
     DIM: tl.constexpr, PADDED: tl.constexpr, MEMBERS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the vectors of one code, and the sum of their weights."""
+    """Writes the weighted sum of the vectors of one code, and the sum of their weights, in fp64."""
     code = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, PADDED)
     total = tl.zeros([MEMBERS, PADDED], tl.float64)

@@ -2,8 +2,8 @@
 
 Minimises Σ_j w_j · |v_j − c(code_j)|². An assignment step scores `|c|² − 2 v·c` for a chunk of vectors against all
 centroids (one matmul); an update step takes weighted means in fp64. Both can only lower the objective, up to the
-rounding of fp32 scores, which matters for vectors far from 0. A centroid that lost all its vectors is moved onto the
-vector that is served worst, which lowers it too.
+rounding of fp32 scores, which matters for vectors far from 0. A centroid that lost all its vectors moves onto the
+vector with the largest error, which lowers the objective too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 __all__ = ["assign", "iterate", "lloyd"]
 
-_SCORES = 1 << 24  # entries of a block of scores: 64 MiB
-_WIDER = 8  # and how many times as many on a device, where a block of 64 MiB is done before the next is launched
+_SCORES = 1 << 24  # scores of one chunk of vectors: 64 MiB
+_WIDER = 8  # so many times as many on a GPU, which would finish 64 MiB before the next chunk is launched
 
 
 def lloyd(
@@ -72,7 +72,7 @@ def assign(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor
     for start in range(0, len(vectors), chunk):
         part = vectors[start : start + chunk]
         codes[start : start + chunk] = torch.addmm(norms, part, centroids.t(), alpha=-2).argmin(1)
-        # The score lost |v|² and with it digits; the distance proper is computed from the winner.
+        # Scores lack |v|², and adding it loses digits: the distance is computed from the difference.
         difference = part - centroids[codes[start : start + chunk]]
         distances[start : start + chunk] = (difference * difference).sum(1)
     return codes, distances

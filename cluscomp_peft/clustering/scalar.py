@@ -8,11 +8,12 @@ small   The global optimum by dynamic programming, F_k(j) = min_i F_{k−1}(i) +
         2011). The best i grows with j and with k, so a layer is found by divide and conquer, all ranges of one depth
         at once: at most M log M steps for M distinct values.
 large   Lloyd's algorithm on the boundaries between centroids: an iteration takes n log M steps. The start has
-        centroids in proportion to p^(1/3) (Panter & Dite 1951). Before each iteration, centroids move from neighbours
-        that cost little to merge to clusters that gain more by a split; an empty cluster costs nothing.
+        centroids in proportion to p^(1/3) (Panter & Dite 1951). Before each iteration, pairs of
+        neighbouring centroids that cost little to merge are merged, and the freed centroid splits a cluster that gains
+        more; moving the centroid of an empty cluster costs nothing.
 
-Values are taken relative to their median and sums begin there, so that fp64 keeps the digits of the bulk whatever lies
-at the ends.
+Values are taken relative to their median and sums begin there, so that outliers do not cost the other values digits in
+fp64.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["lloyd_scalar"]
 
 _OPTIMAL_STEPS = 1e8  # up to here the optimum takes no more than about 3 seconds
 _BINS = 4096
-_LIGHT = 1e-15  # a smaller share of the weight is lost in sums
+_LIGHT = 1e-15  # values with a smaller share of the weight vanish in the rounding of sums
 _TINY = 1e-300  # instead of 0 in a denominator
 
 
@@ -61,7 +62,7 @@ def lloyd_scalar(
     if given is not None and iterations == 0:
         centroids = given.astype(np.float32)
     elif num_clusters >= count:
-        # Values of next to no weight are served where centroids are left for them.
+        # Values of negligible weight get the centroids that the others leave.
         chosen = np.sort(values[np.argsort(~heavy, kind="stable")[:num_clusters]])
         centroids = np.zeros(num_clusters, np.float32)
         centroids[: len(chosen)] = chosen
@@ -254,7 +255,7 @@ class _Line:
         sizes = np.diff(edges)
         width = np.diff(self.values[np.minimum(edges, count - 1)])
         pull = np.diff(self.mass[edges]) ** (1 / 3) * width ** (2 / 3)
-        # No bin can use more centroids than it has values; what is over goes to the others.
+        # No bin gets more centroids than it has values; the rest goes to the other bins.
         due, full = np.zeros(len(sizes)), np.zeros(len(sizes), bool)
         while True:
             rest = pull[~full].sum()
@@ -272,7 +273,7 @@ class _Line:
 
 
 def _place(sums: np.ndarray, wanted: Any) -> Any:
-    """Where in ascending sums the wanted ones are reached: the last place for those that rounding put beyond."""
+    """The first place at which ascending sums reach each wanted one; the last place if rounding put it beyond all."""
     return np.minimum(np.searchsorted(sums, wanted), len(sums) - 1)
 
 

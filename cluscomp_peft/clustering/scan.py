@@ -1,4 +1,4 @@
-"""The inner loops of the CPU engine: which of a few centroids are near to a few vectors, in SIMD registers.
+"""The inner loops of the CPU engine: the centroids near to a chunk of vectors, in SIMD registers.
 
 A chunk of vectors lies dimension by dimension (structure of arrays), all coordinates relative to an origin near by, so
 that fp32 keeps its digits. A candidate is a row (−2 δ, |δ|²) for a centroid at δ from the origin; its score for a
@@ -9,8 +9,8 @@ vector p is |δ|² − 2 p·δ, the squared distance without |p|². The chunk st
     p_1   [ v0 … v15 ]      [ v16 … v31 ]          index ← position in the list, where that lowered best
     …
 
-numba's own vectoriser neither keeps the chunk in registers nor uses the full width, and is 2 to 3 times slower; hence
-LLVM instructions written out, on vectors of 16 floats that LLVM cuts to what the machine has.
+The loops are written as LLVM instructions on vectors of 16 floats, which LLVM splits into the machine's registers.
+numba's own vectoriser neither keeps the chunk in registers nor uses their full width, and is 2 to 3 times slower.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ class _Collect(_Loops):
             inside = builder.fcmp_ordered("<=", score, limits[r])
             part = builder.zext(builder.bitcast(inside, ir.IntType(_WIDTH)), self.long)
             mask = builder.or_(mask, builder.shl(part, ir.Constant(self.long, r * _WIDTH)))
-        # Written always, kept only where it is not empty: a branch would be guessed wrong too often.
+        # The mask is always written, and overwritten by the next one if it is empty: a branch would be mispredicted
+        # too often.
         hit = builder.inttoptr(self.hits, self.word.as_pointer())
         builder.store(builder.trunc(step, self.word), builder.gep(hit, [found]))
         words = builder.inttoptr(self.masks, self.long.as_pointer())

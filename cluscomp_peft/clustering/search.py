@@ -1,13 +1,14 @@
-"""Nearest centroids channel after channel, the codebook staying the same: what error feedback asks for.
+"""Search for the nearest centroids in a fixed codebook, channel after channel, as error feedback needs it.
 
-On a CPU one compiled loop does it all (`sweep`), threads over groups. It searches by looking at every centroid
-where they are few, by bisection where they are single numbers, and otherwise by a tree:
+On a CPU one compiled loop does the whole sweep over the channels (`sweep`); threads share the groups. It compares with
+every centroid where they are few, bisects where centroids are single numbers, and otherwise searches a tree:
 
-    centroids ── halved along their widest side ──► leaves of 32 neighbours, in a box each; 16 leaves a branch
-    vector    ── distance to the centroid that it had, and to those of its leaf: a first bound
-              ── the centroids of all other leaves whose boxes are nearer than the bound, which falls on the way
+    build     Centroids are halved along their widest side into leaves of 32 neighbours, each with a bounding box;
+              16 leaves form a branch.
+    search    The centroids in the leaf of the vector's previous code give a first bound on the distance. Then come the
+              leaves whose boxes are nearer than the bound, which shrinks with every nearer centroid.
 
-All are exact. Elsewhere, and without numba, the search is one product with the codebook for each channel.
+All three are exact. On other devices, and without numba, one matrix product with the codebook serves each channel.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ import torch
 
 from .engines import can_compile, give_up
 
-__all__ = ["Nearest"]
+__all__ = ["CentroidSearch"]
 
 _FEW = 2048  # centroids up to which looking at all of them is fastest
-_FEW_NUMBERS = 256  # likewise at d = 1, where the alternative is bisection
-_MOST_DIM = 16  # of compiled searches
-_PRODUCTS = 1 << 24  # numbers of one product
-_PART = 64  # groups below which a thread of their own does not pay
+_FEW_NUMBERS = 256  # the same for d = 1, where the alternative is bisection
+_MOST_DIM = 16  # the largest dimension of a compiled search
+_PRODUCTS = 1 << 24  # scores of one matrix product at most
+_PART = 64  # groups that a thread gets at least: fewer do not repay its start
 
 
-class Nearest:
-    """Search among `centroids` [n, d] fp32, exact; of several as near, the first.
+class CentroidSearch:
+    """Exact search for the nearest of `centroids`; of several at the same distance, the one with the lowest code.
 
     Args:
         centroids (`torch.Tensor`): [n, d] fp32.
-        threads (`int`, *optional*): Of the search on a CPU.
+        threads (`int`, *optional*): Threads of the search on a CPU; PyTorch's number by default.
     """
 
     def __init__(self, centroids: torch.Tensor, threads: int | None = None) -> None:
@@ -49,17 +50,26 @@ class Nearest:
         return self.sweep(targets, torch.zeros(1, 1, device=vectors.device), known, True, targets.shape[1])[0][0]
 
     def sweep(
-        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+        self,
+        targets: torch.Tensor,
+        coupling: torch.Tensor,
+        known: torch.Tensor,
+        error_feedback: bool,
+        out_features: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Channel i takes the centroids nearest to its targets, and moves those of each channel k behind it by
-        coupling[i, k] · e_i, where e_i = pivot_i − new_i.
+        """Gives channel after channel the centroids nearest to its targets, and shifts the targets of the later ones.
+
+        After channel i has its centroids, coupling[i, k] · e_i is added to the targets of each channel k > i. In error
+        feedback e_i is the quantisation error: the targets less the new centroids. In coordinate descent it is the
+        change: the previous centroids less the new ones.
 
         Args:
             targets (`torch.Tensor`): [channels, groups · d] fp32; may be overwritten.
-            coupling (`torch.Tensor`): [channels, channels] fp32, of which the part above the diagonal counts.
-            known (`torch.Tensor`): [channels, groups] int64, codes that are probably near.
-            carry (`bool`): The pivot is the target; without, the centroid that `known` names.
-            out_features (`int`): Columns from there on are padding: their errors are 0.
+            coupling (`torch.Tensor`): [channels, channels] fp32; only the part above the diagonal is read.
+            known (`torch.Tensor`): [channels, groups] int64, the previous codes, near which the search
+                begins.
+            error_feedback (`bool`): Whether e_i is the quantisation error; else it is the change since `known`.
+            out_features (`int`): Columns from this one on are padding, and their errors are 0.
 
         Returns:
             Codes [channels, groups] int64 and errors e [channels, groups · d] fp32.
@@ -67,15 +77,20 @@ class Nearest:
         compiled = targets.device.type == "cpu" and self.dim <= _MOST_DIM
         if compiled and can_compile("cpu"):
             try:
-                return self._compiled(targets, coupling, known, carry, out_features)
+                return self._compiled(targets, coupling, known, error_feedback, out_features)
             except MemoryError:
                 raise
             except Exception as error:
                 give_up("cpu", error)
-        return self._plain(targets, coupling, known, carry, out_features)
+        return self._plain(targets, coupling, known, error_feedback, out_features)
 
     def _plain(
-        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+        self,
+        targets: torch.Tensor,
+        coupling: torch.Tensor,
+        known: torch.Tensor,
+        error_feedback: bool,
+        out_features: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         codes, errors = torch.empty_like(known), torch.empty_like(targets)
         half, transposed = self._product
@@ -83,7 +98,7 @@ class Nearest:
         for i in range(len(targets)):
             parts = targets[i].view(-1, self.dim).split(rows)
             codes[i] = torch.cat([torch.addmm(half, part, transposed, alpha=-1).argmin(1) for part in parts])
-            pivot = targets[i] if carry else self.centroids[known[i]].flatten()
+            pivot = targets[i] if error_feedback else self.centroids[known[i]].flatten()
             errors[i] = pivot - self.centroids[codes[i]].flatten()
             errors[i, out_features:] = 0
             targets[i + 1 :] += torch.outer(coupling[i, i + 1 :], errors[i])
@@ -94,7 +109,12 @@ class Nearest:
         return self.centroids.square().sum(1).mul(0.5), self.centroids.t().contiguous()
 
     def _compiled(
-        self, targets: torch.Tensor, coupling: torch.Tensor, known: torch.Tensor, carry: bool, out_features: int
+        self,
+        targets: torch.Tensor,
+        coupling: torch.Tensor,
+        known: torch.Tensor,
+        error_feedback: bool,
+        out_features: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from .sweep import sweep_groups
 
@@ -105,7 +125,7 @@ class Nearest:
         way, *tables = self._tables
 
         def work(first: int, last: int) -> None:
-            run(way, *given, carry, out_features, *tables, first, last, codes.numpy(), errors.numpy())
+            run(way, *given, error_feedback, out_features, *tables, first, last, codes.numpy(), errors.numpy())
 
         size = max(_PART, -(-groups // (self._threads * _PART)) * _PART)
         parts = [(first, min(first + size, groups)) for first in range(0, groups, size)]
@@ -118,12 +138,13 @@ class Nearest:
 
     @functools.cached_property
     def _tables(self) -> tuple[int, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-        """The way to search, centroids relative to an origin, the origin, and the arrays that `sweep_groups` takes."""
-        from .cells import candidates
+        """What `sweep_groups` takes: the way to search, the centroids relative to an origin, the origin, and tables of
+        each way, empty for those not used."""
+        from .cells import rows_for_scan
         from .sweep import BISECTION, SCAN, TREE
 
         given = self.centroids.numpy()
-        # One of them, so that numbers on a grid stay exact.
+        # The origin is one of the centroids, so that differences of numbers on a grid stay exact.
         origin = given[np.square(given - given.mean(0, dtype=np.float64)).sum(1).argmin()]
         centroids = given - origin
         n, dim = centroids.shape
@@ -134,15 +155,16 @@ class Nearest:
             values, names = np.unique(centroids[:, 0], return_index=True)
         elif n <= _FEW:
             way, rows = SCAN, np.empty((n, dim + 1), np.float32)
-            candidates(centroids, np.zeros(dim, np.float32), rows)
+            rows_for_scan(centroids, np.zeros(dim, np.float32), rows)
         else:
             way, tree = TREE, _tree(centroids)
         return way, centroids, origin, (rows, values, names, *tree)
 
 
 def _tree(centroids: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Leaves [L, d, LEAF], names [L, LEAF], the leaf of each centroid [n], boxes of leaves [branches, d, FAN] and of
-    branches [d, branches]; places that are left over are infinitely far away."""
+    """Leaves [L, d, LEAF], the codes of their centroids [L, LEAF], the leaf of each centroid [n], and the lower and
+    upper corners of the boxes of leaves [branches, d, FAN] and of branches [d, branches]. Unfilled places of a leaf
+    are infinitely far away."""
     from .sweep import FAN, LEAF
 
     n, dim = centroids.shape
@@ -170,7 +192,7 @@ def _tree(centroids: np.ndarray) -> tuple[np.ndarray, ...]:
     leaf_of = np.empty(n, np.int64)
     leaf_of[order] = np.arange(n) // LEAF
     leaves = places.reshape(-1, LEAF, dim)
-    # Of places that are left over the box is empty: infinitely far away as well.
+    # A box of unfilled places alone is empty, and infinitely far away as well.
     low = leaves.min(1, initial=np.inf)
     high = np.where(np.isinf(leaves), -np.inf, leaves).max(1, initial=-np.inf)
     low, high = low.reshape(-1, FAN, dim), high.reshape(-1, FAN, dim)

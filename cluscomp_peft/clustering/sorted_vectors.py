@@ -1,7 +1,7 @@
-"""The vectors of a CPU run, sorted by code, and the tree that cuts them into cells.
+"""The vectors of the CPU engine, sorted by code, and the tree that cuts them into cells.
 
-Every vector, centroid and sum has one owner, whichever thread works on it, so the bytes of the result do not depend on
-the number of threads.
+The work is cut into the same sums whichever thread does it, so the bytes of the result do not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .start import density_shares
 
 __all__ = ["CHUNK", "SortedVectors", "even_ranges", "fans", "mix"]
 
-_FAN = 64  # cells that one node is split into at most
+_FAN = 64  # cells into which one node is split at most
 _SAMPLE = 256  # vectors for each centroid of a split
-CHUNK = 1 << 18  # vectors of one task where tasks do not follow blocks: fixed, for sums that depend on it
+CHUNK = 1 << 18  # vectors of one task; fixed, because the rounding of sums depends on it
 
 
 class SortedVectors:
@@ -32,8 +32,8 @@ class SortedVectors:
         # A power of two changes no digit, and keeps squares of tiny or huge vectors inside fp32.
         exponent = int(np.frexp(max(float(x.max()), -float(x.min())))[1])
         self.scale = np.float32(1) if abs(exponent) < 20 else np.float32(2.0) ** -np.clip(exponent, -126, 126)
-        # Read, never written: they are the caller's. What is sorted, x and w, is taken from them anew each time, so
-        # that there are two copies of the vectors and never three.
+        # These belong to the caller and are only read. `gather` fills x and w from them each time, so that there are
+        # never more than two copies of the vectors.
         self.given = x if self.scale == 1 else x * self.scale
         self.given_weights = np.empty(0, np.float32) if weights is None else weights.numpy()
         self.x, self.w = self.given, self.given_weights
@@ -61,7 +61,7 @@ class SortedVectors:
     # Sorting
 
     def _positions(self, clusters: int) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
-        """Ranges of vectors, where each range puts its first vector of each code, and starts."""
+        """Ranges of vectors, the place in `order` of the first vector of each code in each range, and `starts`."""
         ranges = even_ranges(self.total, self.threads)
         counts = np.zeros((len(ranges), clusters), np.int64)
         self.each(cells.count_codes, [(self.code[a:b], counts[r]) for r, (a, b) in enumerate(ranges)])
@@ -70,12 +70,12 @@ class SortedVectors:
         return ranges, starts[:-1] + np.cumsum(counts, 0) - counts, starts
 
     def sort(self, clusters: int) -> None:
-        """order and starts for the present codes."""
+        """Writes `order` and `starts` for the present codes."""
         ranges, position, self.starts = self._positions(clusters)
         self.each(cells.rank_codes, [(self.code[a:b], a, position[r], self.order) for r, (a, b) in enumerate(ranges)])
 
     def gather(self, clusters: int) -> None:
-        """Moves the vectors themselves, so that those of one code lie together; codes count up afterwards."""
+        """Moves the vectors themselves so that those of one code lie together and codes ascend."""
         self.sort(clusters)
         if self.x is self.given:
             self.x, self.w = np.empty_like(self.given), np.empty_like(self.given_weights)
@@ -91,7 +91,10 @@ class SortedVectors:
     def assign_within(
         self, ranges: list[tuple[int, int]], centers: np.ndarray, offsets: np.ndarray
     ) -> list[np.ndarray]:
-        """Codes of the vectors of each range among centers[offsets[r] : offsets[r + 1]]; errors by range."""
+        """Writes the codes of the vectors of each range r, nearest among centers[offsets[r] : offsets[r + 1]].
+
+        Returns the weighted squared error of each of these centers, one array fp64 for each range.
+        """
         tasks, owners = [], []
         for r, (a, b) in enumerate(ranges):
             own = centers[offsets[r] : offsets[r + 1]]
@@ -110,9 +113,10 @@ class SortedVectors:
     def split(
         self, nodes: list[tuple[int, int, int]], fan: int, seed: int, level: int
     ) -> tuple[list[tuple[int, int, int]], tuple[np.ndarray, np.ndarray]]:
-        """Splits nodes (first, last, centroids due) into at most `fan` cells each, and gathers the vectors by cell.
+        """Splits nodes (first, last, number of centroids) into at most `fan` cells each, and gathers the vectors by
+        cell.
 
-        Returns the cells that are not empty: as nodes, and as (centers, offsets by node).
+        Returns the cells that are not empty, as nodes for the next level, and (their centers, offsets by node).
         """
         parts = [max(1, min(fan, share // _leaf(self.dim) if level else fan, b - a)) for a, b, share in nodes]
         offsets = np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
@@ -141,17 +145,19 @@ class SortedVectors:
 
 
 def _leaf(dim: int) -> int:
-    """Centroids of a leaf of the tree, and of a block; larger ones start better, and prune worse where boxes prune."""
+    """Centroids of a leaf of the tree and of a block. Larger leaves give a better start, but bounding boxes of larger
+    blocks exclude fewer centroids."""
     return 32 if dim <= 12 else 128
 
 
 def even_ranges(total: int, parts: int) -> list[tuple[int, int]]:
+    """[0, total) cut into `parts` ranges of nearly equal length, or into `total` ranges if that is fewer."""
     edges = np.linspace(0, total, max(1, min(parts, total)) + 1).astype(np.int64).tolist()
     return list(pairwise(edges))
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers."""
+    """One seed of 63 bits from several numbers."""
     value = 0
     for number in numbers:
         value = (value * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
@@ -159,7 +165,7 @@ def mix(*numbers: int) -> int:
 
 
 def fans(clusters: int, dim: int) -> list[int]:
-    """Cells that the nodes of each level of the tree are split into."""
+    """Into how many cells a node of each level of the tree is split."""
     leaves = clusters // _leaf(dim)
     if leaves <= 1:
         return []

@@ -1,13 +1,15 @@
-"""First centroids placed by density: what most Lloyd iterations would otherwise be spent on.
+"""First centroids placed by density, which saves most Lloyd iterations.
 
 Random vectors place centroids with density p where the vectors have density p; the mean squared error is least with
-p^(d / (d + 2)) (Zador 1982; Panter & Dite 1951 for d = 1), so random starts crowd the middle, most for small d.
+p^(d / (d + 2)) (Zador 1982; Panter & Dite 1951 for d = 1). So a random start has too many centroids in the middle of
+the distribution, the more so the smaller d is.
 Of a cell with N_i vectors in a volume V_i, k_i centroids leave an error of about SSE_i · k_i^(−2 / d), where
 SSE_i ~ N_i · V_i^(2 / d) is the error that one centroid leaves; the sum over cells is least for
 
     k_i ∝ SSE_i^(d / (d + 2))
 
-So: a coarse clustering of a sample, its cells over all vectors, a share k_i for each, random vectors inside each cell.
+So a sample is clustered coarsely, all vectors are assigned to the cells, and k_i random vectors of each cell become
+centroids.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def density_start(
     if weights is not None:
         usable = weights > 0
         if int(usable.sum()) >= num_clusters:
-            cell = torch.where(usable, cell, wanted)  # one cell more, which gets no centroids
+            cell = torch.where(usable, cell, wanted)  # an extra cell, which gets no centroids
             error = error * weights
     cell, order = cell.to(torch.int16).sort(stable=True)
     counts = torch.bincount(cell, minlength=wanted)
@@ -114,7 +116,8 @@ def density_shares(errors: torch.Tensor, counts: torch.Tensor, wanted: int, dim:
     `errors` [cells] fp64 and `counts` [cells] int64 are on the CPU; the shares sum to `wanted` ≤ sum of counts.
     """
     rates = errors.clamp(min=0) ** (dim / (dim + 2))
-    # A trace of the vectors' own density: where no error tells cells apart, and for what full cells cannot take.
+    # A tiny part in proportion to the number of vectors decides where all errors are 0, and distributes what is left
+    # when cells have as many centroids as vectors.
     rates = rates / rates.sum().clamp(min=1e-300) + 1e-9 * counts / counts.sum()
     least, most = (counts > 0).double(), counts.double()
     low, high = 0.0, float((most / rates.clamp(min=1e-300)).max())
@@ -126,7 +129,7 @@ def density_shares(errors: torch.Tensor, counts: torch.Tensor, wanted: int, dim:
             low = factor
     exact = (rates * low).clamp(least, most)
     shares = exact.long()
-    # What rounding down left goes to the largest remainders.
+    # Centroids left over by rounding down go to the cells with the largest remainders.
     remainders = torch.where(shares < counts, exact - shares, -1.0)
     shares[remainders.argsort(descending=True, stable=True)[: wanted - int(shares.sum())]] += 1
     return shares

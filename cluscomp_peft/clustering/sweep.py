@@ -1,14 +1,14 @@
-"""The compiled step of `search`: channels in turn, each vector to its nearest centroid, errors on to later channels.
+"""The compiled loop of `search`: channel after channel gets its nearest centroids, and later targets are shifted.
 
-A group of outputs never meets another one, so a chunk of groups goes through all channels of a block by itself, in
-memory of its own that fits the second-level cache, and results do not depend on the number of threads:
+Groups do not influence each other. So a chunk of groups passes through all channels of a block in a buffer of its own,
+which fits the second-level cache, and results do not depend on the number of threads:
 
-    for channel i                  target [g, lanes] in SIMD registers
-        codes[i]  ← nearest        by bisection (g = 1), by all centroids (few), or by a tree of boxes (many)
-        e         ← pivot − new    [g, lanes]
-        target[k] += coupling[i, k] · e                                    for the channels k behind i
+    for channel i                               target [g, lanes] in SIMD registers
+        codes[i]  ← nearest centroids           among all (few), by bisection (g = 1) or by a tree of boxes (many)
+        e         ← pivot − new centroids       [g, lanes]
+        target[k] += coupling[i, k] · e         for the channels k > i
 
-All coordinates are relative to an origin amid the centroids, so that fp32 keeps its digits.
+All coordinates are relative to one of the centroids near their mean, so that fp32 keeps its digits.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FAN = 16  # leaves of a branch
 
 
 @njit(nogil=True)
-def _bisect(points, count, values, first, found):
-    """values [n] ascend; first [n] names the first centroid that has the value."""
+def _search_by_bisection(points, count, values, first, found):
+    """values [n] ascend and are distinct; first [n] is the lowest code of a centroid with that value."""
     n = len(values)
     for t in range(count):
         x, low, width = points[t], 0, n
@@ -36,7 +36,7 @@ def _bisect(points, count, values, first, found):
             half = width // 2
             low = low + half if values[low + half] <= x else low
             width -= half
-        # The neighbour on either side; of two as far away the one with the lower name.
+        # The nearer of the neighbours on either side; of two at the same distance, the one with the lower code.
         best = low
         if low + 1 < n:
             left, right = abs(x - values[low]), abs(values[low + 1] - x)
@@ -46,9 +46,10 @@ def _bisect(points, count, values, first, found):
 
 
 @njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _descend(points, size, count, dim, leaves, names, leaf_of, low, high, branch_low, branch_high, known, found):
-    """leaves [L, dim, LEAF], filled up with infinity, names [L, LEAF]; boxes of leaves low / high [L + FAN, dim] in
-    runs of FAN (see `search`), of branches [dim, B]; known [count]: codes that are probably near."""
+def _search_tree(points, size, count, dim, leaves, names, leaf_of, low, high, branch_low, branch_high, known, found):
+    """leaves [L, dim, LEAF], unfilled places infinite, and the codes of their centroids, names [L, LEAF]; corners of
+    the boxes of leaves, low / high [B, dim, FAN], and of branches, branch_low / branch_high [dim, B]; known [count]:
+    the previous codes, in whose leaves the search begins."""
     branches = branch_low.shape[1]
     near = np.empty(LEAF, np.float32)
     gaps, inner = np.empty(branches, np.float32), np.empty(FAN, np.float32)
@@ -92,12 +93,15 @@ def _descend(points, size, count, dim, leaves, names, leaf_of, low, high, branch
 
 
 @njit(nogil=True, fastmath={"contract"})
-def sweep_groups(way, targets, coupling, known, carry, out, centroids, origin, tables, first, last, codes, errors):
+def sweep_groups(
+    way, targets, coupling, known, error_feedback, out, centroids, origin, tables, first, last, codes, errors
+):
     """Writes codes and errors of the groups [first, last) of one block of channels.
 
     targets [channels, groups · g] fp32, coupling [channels, channels] fp32, known [channels, groups] int64; centroids
-    [n, g] relative to origin [g]; tables: what `search` made for `way`; out: outputs, behind which errors are 0.
-    carry: the pivot of a vector is its target; otherwise the centroid that it has by `known`.
+    [n, g] relative to origin [g]; tables: what `search` made for `way`; out: columns from there on are padding, and
+    their errors are 0. With error_feedback the pivot of a vector is its target, otherwise the centroid of its known
+    code.
     """
     channels, dim = len(targets), centroids.shape[1]
     rows, values, names_of, leaves, names, leaf_of, low, high, branch_low, branch_high = tables
@@ -114,7 +118,7 @@ def sweep_groups(way, targets, coupling, known, carry, out, centroids, origin, t
                     local[i, j * size + t] = targets[i, column] - origin[j] if t < count else np.float32(0)
         for i in range(channels):
             if way == BISECTION:
-                _bisect(local[i], count, values, names_of, found)
+                _search_by_bisection(local[i], count, values, names_of, found)
             elif way == SCAN:
                 best[:] = np.inf
                 index[:] = 0
@@ -129,7 +133,7 @@ def sweep_groups(way, targets, coupling, known, carry, out, centroids, origin, t
                 for t in range(count):
                     found[t] = index[t]
             else:
-                _descend(
+                _search_tree(
                     local[i], size, count, dim, leaves, names, leaf_of, low, high, branch_low, branch_high,
                     known[i, start : start + count], found,
                 )  # fmt: skip
@@ -139,7 +143,7 @@ def sweep_groups(way, targets, coupling, known, carry, out, centroids, origin, t
                 codes[i, start + t] = code
                 for j in range(dim):
                     column = (start + t) * dim + j
-                    pivot = local[i, j * size + t] if carry else centroids[known[i, start + t], j]
+                    pivot = local[i, j * size + t] if error_feedback else centroids[known[i, start + t], j]
                     value = pivot - centroids[code, j] if column < out else np.float32(0)
                     error[j * size + t] = value
                     errors[i, column] = value

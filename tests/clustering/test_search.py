@@ -1,4 +1,5 @@
-"""Nearest centroids, and channels in turn: against brute force, against plain torch, for any number of threads."""
+"""The search for the nearest centroids and sweeps over channels, against brute force and plain torch, for any number
+of threads."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_peft.clustering import search
-from cluscomp_peft.clustering.search import Nearest
+from cluscomp_peft.clustering.search import CentroidSearch
 
 exhaustive = settings(deadline=None, max_examples=40, derandomize=True)
 # Bisection begins at 257 numbers, the tree at 2,049 centroids, which leave leaves and branches unfilled.
@@ -53,7 +54,7 @@ def assert_nearest(vectors, centroids, codes):
 )
 def test_nearest_is_brute_force(clusters, total, dim, seed, kind, threads):
     centroids, vectors = centroids_and_vectors(clusters, total, dim, seed, kind)
-    assert_nearest(vectors, centroids, Nearest(centroids, threads)(vectors))
+    assert_nearest(vectors, centroids, CentroidSearch(centroids, threads)(vectors))
 
 
 @exhaustive
@@ -63,7 +64,9 @@ def test_the_tree_finds_the_nearest_from_any_code(clusters, dim, seed, rounded):
     known = torch.randint(clusters, (1, 100), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_FEW", 0)
-        codes, _ = Nearest(centroids, 1).sweep(vectors.reshape(1, -1), torch.zeros(1, 1), known, True, 100 * dim)
+        codes, _ = CentroidSearch(centroids, 1).sweep(
+            vectors.reshape(1, -1), torch.zeros(1, 1), known, True, 100 * dim
+        )
     assert_nearest(vectors, centroids, codes[0])
 
 
@@ -71,12 +74,12 @@ def test_the_tree_finds_the_nearest_from_any_code(clusters, dim, seed, rounded):
 @pytest.mark.parametrize("dim", [1, 3])
 def test_nearest_of_duplicates_is_the_first(clusters, dim):
     centroids = torch.randn(clusters, dim).repeat(2, 1)
-    assert int(Nearest(centroids, 1)(torch.randn(300, dim)).max()) < clusters
+    assert int(CentroidSearch(centroids, 1)(torch.randn(300, dim)).max()) < clusters
 
 
 def test_nearest_of_nothing():
     for clusters in (10, 5000):
-        assert len(Nearest(torch.randn(clusters, 3), 2)(torch.empty(0, 3))) == 0
+        assert len(CentroidSearch(torch.randn(clusters, 3), 2)(torch.empty(0, 3))) == 0
 
 
 def a_sweep(clusters, dim, channels, groups, missing, seed):
@@ -102,20 +105,20 @@ def a_sweep(clusters, dim, channels, groups, missing, seed):
     st.booleans(),
 )
 def test_a_sweep_takes_the_nearest_of_every_channel_and_hands_its_error_on(
-    clusters, dim, channels, groups, missing, seed, carry
+    clusters, dim, channels, groups, missing, seed, error_feedback
 ):
     centroids, targets, coupling, known, out = a_sweep(clusters, dim, channels, groups, missing, seed)
-    codes, errors = Nearest(centroids, 1).sweep(targets.clone(), coupling, known, carry, out)
+    codes, errors = CentroidSearch(centroids, 1).sweep(targets.clone(), coupling, known, error_feedback, out)
     # The same steps in fp64 along the codes that were found.
     wanted = targets.double()
     for i in range(channels):
         assert_nearest(wanted[i].view(-1, dim).float(), centroids, codes[i])
-        pivot = wanted[i] if carry else centroids[known[i]].flatten().double()
+        pivot = wanted[i] if error_feedback else centroids[known[i]].flatten().double()
         error = pivot - centroids[codes[i]].flatten()
         error[out:] = 0
         torch.testing.assert_close(errors[i].double(), error, rtol=1e-4, atol=1e-4)
         wanted[i + 1 :] += torch.outer(coupling[i, i + 1 :].double(), error)
-    again = Nearest(centroids, 3).sweep(targets.clone(), coupling, known, carry, out)
+    again = CentroidSearch(centroids, 3).sweep(targets.clone(), coupling, known, error_feedback, out)
     assert torch.equal(codes, again[0]) and torch.equal(errors, again[1])
 
 
@@ -131,14 +134,14 @@ def test_a_sweep_takes_the_nearest_of_every_channel_and_hands_its_error_on(
     st.booleans(),
 )
 def test_a_compiled_sweep_is_that_of_torch_to_the_last_tie(
-    clusters, dim, channels, groups, missing, seed, carry, tree
+    clusters, dim, channels, groups, missing, seed, error_feedback, tree
 ):
     # Whole numbers small enough that fp32 rounds nothing, whatever the order of operations; ties abound.
     centroids, targets, coupling, known, out = a_sweep(clusters, dim, channels, groups, missing, seed)
     centroids, targets, coupling = (2 * centroids).round(), (2 * targets).round(), coupling.sign().round()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_FEW", 0 if tree else 2048)
-        compiled = Nearest(centroids, 2).sweep(targets.clone(), coupling, known, carry, out)
+        compiled = CentroidSearch(centroids, 2).sweep(targets.clone(), coupling, known, error_feedback, out)
         patch.setattr(search, "can_compile", lambda engine: False)
-        plain = Nearest(centroids, 2).sweep(targets.clone(), coupling, known, carry, out)
+        plain = CentroidSearch(centroids, 2).sweep(targets.clone(), coupling, known, error_feedback, out)
     assert torch.equal(compiled[0], plain[0]) and torch.equal(compiled[1], plain[1])

@@ -4,18 +4,21 @@ K-means makes ‖W − Ŵ‖² small. What counts is the error of the layer's ou
 
     L(Ŵ) = tr (W − Ŵ) H (W − Ŵ)ᵀ,      H = E[x xᵀ]  [in, in]
 
-Groups run along the output dimension, so a vector belongs to one input channel and H couples channels only; three
-steps, each of which never raises L (the first lowers it from where K-means ended in all but odd cases):
+Groups run along the output dimension, so each vector belongs to one input channel, and H couples channels only. There
+are three steps:
 
-    carry      channel by channel in the order of falling H_ii: nearest centroids; the error is carried over to the
-               channels still to come, which make up for it            GPTQ (Frantar et al. 2022, arXiv 2210.17323)
-    settle     given all codes, L is quadratic in the codebook: conjugate gradients to its minimum
-    revisit    given the codebook, each channel in turn takes the centroids nearest to
-               v̂_i + (R H)_i / H_ii,  R = V − V̂: coordinate descent, exact for that channel
+    error feedback        Channels are quantised one by one, the largest H_ii first. Each takes its nearest centroids,
+                          and the channels after it are shifted so that they compensate its error, as in GPTQ (Frantar
+                          et al. 2022, arXiv 2210.17323). Its codes are used only if L is lower with them.
+    least squares         With the codes fixed, L is quadratic in the codebook. Conjugate gradients minimise it.
+    coordinate descent    With the codebook fixed, channel after channel takes the centroids nearest to
+                          v̂_i + (H R)_i / H_ii, where R = V − V̂. They are the best codes for that channel while the
+                          others stay as they are.
 
-All of it happens in the scaled space V = W / (s_out · s_in), H' = s_in H s_in, and runs at the speed of matmul: inside
-a block of channels errors are carried at once, to the others by one product a block. The paper has no such step; there
-the reconstruction of blocks alone repairs the codes' choice.
+No step raises L. All of them work on the scaled weight V = W / (s_out · s_in) with H' = s_in H s_in. Channels are
+processed in blocks: inside a block each error reaches the later channels at once, and one matrix product hands the
+errors of a block to the channels behind it. The ClusComp paper has no such step; it leaves the correction of codes to
+the reconstruction of blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...clustering.search import Nearest
+from ...clustering.search import CentroidSearch
 from ...codes import group
 
 __all__ = ["cholesky", "damp", "feedback_factor", "refine_codes"]
@@ -49,32 +52,33 @@ def refine_codes(
         codes (`torch.Tensor`): [in, groups] int64, from K-means.
         codebook (`torch.Tensor`): [n, g] fp32.
         hessian (`torch.Tensor`): H' [in, in] fp32, E[x xᵀ] times s_in on both sides.
-        sweeps (`int`): Rounds of revisit and settle after the first pass. On SmolLM2-135M at 3.1 bits a second one
-            lowers L by 1 to 2 %, a third by another 1 %, a fourth by 0.6 %.
-        solver_steps (`int`): Steps of conjugate gradients of one settle. There 3 end within 0.3 % of 12.
-        threads (`int`, *optional*): Of the search for centroids.
+        sweeps (`int`): Rounds of coordinate descent and least squares after the error feedback pass. On SmolLM2-135M
+            at 3.1 bits a second one lowers L by 1 to 2 %, a third by another 1 %, a fourth by 0.6 %.
+        solver_steps (`int`): Steps of conjugate gradients for one least-squares solve. On SmolLM2-135M the loss after
+            3 of them is within 0.3 % of that after 12.
+        threads (`int`, *optional*): CPU threads of the search for the nearest centroids; PyTorch's number by default.
 
     Returns:
         codes [in, groups] int64 and codebook [n, g] fp32.
     """
     hessian = damp(hessian)
     order = torch.argsort(hessian.diagonal(), descending=True)
-    # A channel a row, so that the vectors of a channel lie together: [in, groups · g], padded with zeros.
+    # One row per channel, so that the vectors of a channel lie together: [in, groups · g], padded with zeros.
     vectors = group(weight, codebook.shape[1]).flatten(1)[order].contiguous()
     hessian = hessian[order]
     problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
     del hessian
     found = codes[order]
     slope = problem.slope(codebook, found)
-    candidate = problem.carry(Nearest(codebook, threads), found)
+    candidate = problem.error_feedback_pass(CentroidSearch(codebook, threads), found)
     other = problem.slope(codebook, candidate)
     if problem.loss(codebook, candidate, other) < problem.loss(codebook, found, slope):
         found, slope = candidate, other
     del candidate, other
-    codebook = problem.settle(codebook, found, slope, solver_steps)
+    codebook = problem.solve_codebook(codebook, found, slope, solver_steps)
     for _ in range(sweeps):
-        found = problem.revisit(codebook, found, slope, Nearest(codebook, threads))
-        codebook = problem.settle(codebook, found, slope, solver_steps)
+        found = problem.coordinate_descent(codebook, found, slope, CentroidSearch(codebook, threads))
+        codebook = problem.solve_codebook(codebook, found, slope, solver_steps)
     result = torch.empty_like(found)
     result[order] = found
     return result, codebook
@@ -86,10 +90,11 @@ def damp(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def cholesky(hessian: torch.Tensor) -> torch.Tensor:
-    """The lower Cholesky factor of H, fp64; of H with a larger diagonal where H is not positive.
+    """The lower Cholesky factor of H, fp64. Where H is not positive definite, up to the mean of its diagonal is added
+    to the diagonal first.
 
     Raises:
-        ValueError: If no diagonal helps.
+        ValueError: If that is not enough.
     """
     mean = float(hessian.diagonal().mean())
     for damping in (0.0, 0.01, 0.1, 1.0):
@@ -100,9 +105,11 @@ def cholesky(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def feedback_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of H⁻¹, fp32: row i says what an error of channel i does to those after it.
+    """The upper Cholesky factor of H⁻¹ [in, in] fp32. Row i tells how far an error of channel i shifts the targets of
+    the channels after it.
 
-    With J turning the order round and J H J = L Lᵀ it is J L⁻¹ J: H⁻¹ itself, as large as H in fp64, is not needed.
+    With the reversal J of the channels and J H J = L Lᵀ, the factor is J L⁻¹ J. So H⁻¹, as large as H in fp64, is
+    never computed.
     """
     lower = cholesky(hessian.flip(0, 1))
     inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
@@ -117,17 +124,18 @@ def _raise_diagonal(matrix: torch.Tensor, by: float, dtype: torch.dtype) -> torc
 
 
 class _Problem:
-    """V as rows of channels [in, groups · g], H in the same order; the padding of the last group costs nothing.
+    """V [in, groups · g], one row per channel, and H [in, in] in the same order of channels. The padding of the last
+    group does not count in the loss.
 
-    The slope H (V − V̂) [in, groups · g] goes along with codes and codebook: each step leaves it as its own changes
-    make it, so that the product of H with all of V is needed once.
+    The slope H (V − V̂) [in, groups · g] belongs to a pair of codebook and codes. Each step that changes one of them
+    updates the slope in place, so that the product of H with all of V − V̂ is not computed again.
     """
 
     def __init__(self, vectors: torch.Tensor, hessian: torch.Tensor, out_features: int) -> None:
         self.vectors, self.hessian, self.out = vectors, hessian, out_features
 
     def decode(self, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """V̂ [in, groups · g]; the padding is made equal to V's, zero."""
+        """V̂ [in, groups · g]; its padding is 0, as that of V is."""
         values = F.embedding(codes, codebook).flatten(1)
         values[:, self.out :] = 0
         return values
@@ -138,8 +146,11 @@ class _Problem:
     def loss(self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor) -> float:
         return float((slope * (self.vectors - self.decode(codebook, codes))).sum(dtype=torch.float64))
 
-    def carry(self, nearest: Nearest, known: torch.Tensor) -> torch.Tensor:
-        """Codes of one pass of error feedback, channel by channel; those of K-means are probably near."""
+    def error_feedback_pass(self, search: CentroidSearch, known: torch.Tensor) -> torch.Tensor:
+        """Codes [in, groups] of one pass of error feedback over all channels.
+
+        The search for each code begins at `known` [in, groups], the codes of K-means, which are probably near.
+        """
         factor = feedback_factor(self.hessian)
         factor /= factor.diagonal()[:, None].clone()
         left = self.vectors.clone()
@@ -147,54 +158,58 @@ class _Problem:
         for start in range(0, len(left), _BLOCK):
             block = slice(start, start + _BLOCK)
             own, behind = factor[block, block], factor[block, start + _BLOCK :]
-            codes[block], errors = nearest.sweep(left[block], -own, known[block], True, self.out)
+            codes[block], errors = search.sweep(left[block], -own, known[block], True, self.out)
             left[start + _BLOCK :].addmm_(behind.t(), errors, alpha=-1)
         return codes
 
-    def revisit(
-        self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, nearest: Nearest
+    def coordinate_descent(
+        self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, search: CentroidSearch
     ) -> torch.Tensor:
-        """Codes after each channel in turn took what is best for it; `slope` goes along."""
+        """Codes [in, groups] after each channel in turn took the codes that are best for it; updates `slope`."""
         found = torch.empty_like(codes)
         diagonal = self.hessian.diagonal()[:, None]
         for start in range(0, len(codes), _BLOCK):
             block = slice(start, start + _BLOCK)
             wanted = self.decode(codebook, codes[block]) + slope[block] / diagonal[block]
-            own = (self.hessian[block, block] / diagonal[block]).t()  # of channel i on k: H_ki / H_kk
-            found[block], moved = nearest.sweep(wanted, own, codes[block], False, self.out)
+            # A change e of channel i shifts what is best for channel k by e · H_ki / H_kk.
+            own = (self.hessian[block, block] / diagonal[block]).t()
+            found[block], moved = search.sweep(wanted, own, codes[block], False, self.out)
             slope.addmm_(self.hessian[:, block], moved)
         return found
 
-    def settle(self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, steps: int) -> torch.Tensor:
-        """The codebook that minimises L for these codes, by conjugate gradients from the present one; `slope` goes
-        along."""
+    def solve_codebook(
+        self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, steps: int
+    ) -> torch.Tensor:
+        """The codebook [n, g] that minimises L for these codes: a least-squares solve by `steps` conjugate gradients
+        from the given codebook; updates `slope`."""
         flat = codes.flatten()
 
         def gather(matrix: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(codebook).index_add_(0, flat, matrix.view(-1, codebook.shape[1]))
 
-        # Preconditioned by the diagonal of the curvature's own part: Σ H_ii over the vectors of a centroid.
+        # The preconditioner of a centroid is the sum of H_ii over its vectors: the diagonal of the normal equations
+        # without what couples different channels.
         scale = torch.zeros(len(codebook), device=codebook.device)
         diagonal = self.hessian.diagonal().repeat_interleave(codes.shape[1])
         scale.index_add_(0, flat, diagonal)
         scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))[:, None]
         best = codebook.clone()
-        rest = gather(slope)
-        z = scale * rest
-        direction, power = z.clone(), float((rest * z).sum(dtype=torch.float64))
+        residual = gather(slope)
+        z = scale * residual
+        direction, power = z.clone(), float((residual * z).sum(dtype=torch.float64))
         first = power
         for _ in range(steps):
             if power <= 1e-8 * first:
                 break
             change = self.hessian @ self.decode(direction, codes)
             image = gather(change)
-            bend = float((direction * image).sum(dtype=torch.float64))
-            if bend <= 0:
+            curvature = float((direction * image).sum(dtype=torch.float64))
+            if curvature <= 0:
                 break
-            best.add_(direction, alpha=power / bend)
-            slope.sub_(change, alpha=power / bend)
-            rest.sub_(image, alpha=power / bend)
-            z = scale * rest
-            previous, power = power, float((rest * z).sum(dtype=torch.float64))
+            best.add_(direction, alpha=power / curvature)
+            slope.sub_(change, alpha=power / curvature)
+            residual.sub_(image, alpha=power / curvature)
+            z = scale * residual
+            previous, power = power, float((residual * z).sum(dtype=torch.float64))
             direction = z + (power / previous) * direction
         return best

@@ -48,7 +48,7 @@ def test_more_sweeps_never_hurt():
     assert losses == sorted(losses, reverse=True)
 
 
-def test_uncorrelated_inputs_leave_nothing_to_carry():
+def test_uncorrelated_inputs_leave_nothing_to_feed_back():
     # With H = I every channel is on its own, and the nearest centroid is the best code there is.
     weight, codes, codebook, _ = problem()
     refined, _ = refine_codes(weight, codes, codebook, torch.eye(weight.shape[1]), sweeps=0, solver_steps=0)

@@ -1,15 +1,16 @@
-"""The compiled assignment of the CPU engine: from the centroid that served a vector last to the nearest one.
+"""The compiled assignment of the CPU engine: the nearest centroid of each vector, searched from its previous one.
 
-Arrays have the names of `cells`. The *home* of a vector is the centroid that served it last. Two ways lead on:
+Arrays have the names of `cells`. The *home* of a vector is the centroid that it was assigned to last. There are two
+ways to search:
 
-by bounds   The nearest centroid of a vector at distance u from its home lies within 2u of the home. The centroids that
-            near to the homes of a chunk are collected in registers, block by block, where bounding boxes meet. Vectors
-            of a home, sorted by u, are then scored in chunks against the prefix of its list that can matter. Exact
-            with the factor 2; with a smaller one what is unlikely is left out.
-by lists    Each home keeps a list of the centroids that came near to one of its vectors. A narrow pass looks at no
-            others; a wide one looks also at the lists of the listed, as searches in neighbour graphs do (Dong et al.,
-            "Efficient k-nearest neighbor graph construction for generic similarity measures", WWW 2011), and renews
-            the list. From seven dimensions on bounds spare nothing, but lists stay short.
+by bounds   If a vector is at distance u from its home, its nearest centroid is within 2u of the home. The centroids
+            that near to the homes of a chunk are collected, skipping blocks whose bounding boxes are too far. Then the
+            vectors of each home, sorted by u, are compared in chunks with those of the collected centroids that are
+            near enough for the chunk. With the factor 2 this is exact; a smaller factor skips unlikely centroids.
+by lists    Each home has a list of the centroids that were near to one of its vectors. A narrow pass compares vectors
+            with that list only. A wide pass adds the lists of the listed centroids, as searches in neighbour graphs do
+            (Dong et al., "Efficient k-nearest neighbor graph construction for generic similarity measures", WWW 2011),
+            and writes the lists anew. From d = 7 on bounds exclude hardly any centroid, but lists are short.
 
 All coordinates are taken relative to the home before anything is squared, so fp32 keeps its digits far from 0.
 """
@@ -19,30 +20,32 @@ from __future__ import annotations
 import numpy as np
 
 from ..jit import njit
-from .cells import MARGIN, SLAB, candidates, distance, pack, scan_chunks
+from .cells import MARGIN, SLAB, distance, pack, rows_for_scan, scan_chunks
 from .scan import collect, lanes, lowest_bit, scan
 
-__all__ = ["assign", "assign_listed", "collectable"]
+__all__ = ["assign", "assign_listed", "rows_for_collect"]
 
 _VECTOR_BINS = 16
 _CANDIDATE_BINS = 32
-_TINY = np.float32(1e-36)  # a squared distance that bins cannot be made of; vectors are scaled to about 1
-_ROUNDING = np.float32(4e-6)  # of a sum of 17 products in fp32, with room to spare
+_TINY = np.float32(
+    1e-36
+)  # smaller squared distances count as 0, as vectors are scaled to about 1: bins divide by them
+_ROUNDING = np.float32(4e-6)  # relative error of a sum of 17 products in fp32, with room to spare
 
 
 @njit(nogil=True)
-def collectable(c, origin, rows):
-    """Rows of all centroids for `collect`; what fp32 may round away is taken off the norm, so nothing is missed."""
-    candidates(c, origin, rows)
+def rows_for_collect(c, origin, rows):
+    """Rows of all centroids for `collect`. Norms are lowered by the rounding error, so that no centroid is missed."""
+    rows_for_scan(c, origin, rows)
     for k in range(len(c)):
         rows[k, c.shape[1]] *= 1 - _ROUNDING
 
 
 @njit(nogil=True)
 def _nearby(c, origin, rows, home, count, limits, bounds, low, high, packed, bias, hits, masks, ends):
-    """Centroids within `limits` (squared distances) of the homes [home, home + count), count ≤ lanes.
+    """Centroids within `limits` (squared distances) of each of the homes [home, home + count), count ≤ lanes.
 
-    Returns them home after home, with ends [count + 1]: other centroids only.
+    Returns one array of centroids: those near to home + t, without itself, are in [ends[t], ends[t + 1]).
     """
     dim, blocks = c.shape[1], len(bounds) - 1
     size = lanes(dim)
@@ -109,7 +112,8 @@ def _nearby(c, origin, rows, home, count, limits, bounds, low, high, packed, bia
 def _mark(
     q, count, packed, rows, end, dim, norms, best, slack, home, listed, hits, masks, marks, seen, lists, lengths
 ):
-    """Adds to the home's list what came within (1 + slack) times the least squared distance of a vector of chunk q."""
+    """Adds to the home's list the centroids within (1 + slack) times the least squared distance of a vector of chunk
+    q."""
     size = lanes(dim)
     for t in range(size):
         p = q * size + t
@@ -137,8 +141,8 @@ def assign(
 ):
     """Nearest centroid of every vector whose home is in the blocks [first, last).
 
-    Centroids farther from the home than `factor` times the distance of the vector are left out: exact with 2. Those
-    that came within (1 + slack) times the least squared distance of some vector are written to the home's list.
+    Centroids farther from the home than `factor` times the distance of the vector are skipped, which is exact for 2.
+    Those within (1 + slack) times the least squared distance of some vector are written to the home's list.
     """
     dim, n = x.shape[1], len(c)
     size = lanes(dim)
@@ -185,7 +189,7 @@ def assign(
                         code[order[begin + t]], dist[order[begin + t]] = home, 0
                     continue
 
-                # Vectors in order of their distance, roughly.
+                # Vectors sorted by distance into bins.
                 scale = np.float32(_VECTOR_BINS) / largest
                 vector_end[:] = 0
                 for t in range(count):
@@ -208,7 +212,7 @@ def assign(
                     for j in range(dim):
                         packed[base + j * size] = 0
 
-                # Candidates in order of their distance, roughly.
+                # Candidates sorted by distance into bins.
                 limit = square * largest
                 scale = np.float32(_CANDIDATE_BINS) / limit
                 candidate_end[:] = 0
@@ -234,7 +238,7 @@ def assign(
                             near_rows[p, j] = -2 * (c[other, j] - c[home, j])
                         near_rows[p, dim] = norm
 
-                # The home scores 0; what is not below that stays at home.
+                # The score of the home is 0: a vector without a lower score keeps its home.
                 best[: chunks * size] = 0
                 index[: chunks * size] = -1
                 for q in range(chunks):
@@ -268,8 +272,8 @@ def assign(
 
 @njit(nogil=True)
 def assign_listed(x, order, starts, c, lists, lengths, wide, slack, first, last, code, dist, new_lists, new_lengths):
-    """Nearest of the home, its list and, if `wide`, the lists of all on its list, for vectors with homes in
-    [first, last). A wide pass writes new lists, by the rule of [`assign`]."""
+    """Nearest centroid on the list of the home and, if `wide`, on the lists of the listed centroids, or the home
+    itself, for vectors with homes in [first, last). A wide pass writes new lists by the rule of [`assign`]."""
     dim, n = x.shape[1], len(c)
     size = lanes(dim)
     norms = np.empty(SLAB + size, np.float32)
