@@ -271,6 +271,13 @@ def _header(data: bytes | bytearray) -> tuple[int, dict[str, Any]]:
 
 def judge(case: Case, folder: Path, root: Path, sound: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict:
     """Loads a damaged folder and says what came of it."""
+    before = _peak(anew=True)
+    verdict = _load(case, folder, root, sound, tokens)
+    used = _peak() - before
+    return verdict if used <= _RESIDENT else {"verdict": "FAULT", "why": f"{used:,} bytes of memory"}
+
+
+def _load(case: Case, folder: Path, root: Path, sound: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -278,7 +285,6 @@ def judge(case: Case, folder: Path, root: Path, sound: dict[str, torch.Tensor], 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("transformers").addHandler(handler)
-    before = _peak(anew=True)
     try:
         with torch.no_grad(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -296,9 +302,6 @@ def judge(case: Case, folder: Path, root: Path, sound: dict[str, torch.Tensor], 
         return {"verdict": "refused", **_clear(error)}
     finally:
         logging.getLogger("transformers").removeHandler(handler)
-        used = _peak() - before
-        if used > _RESIDENT:
-            print(json.dumps({"case": case.number, "verdict": "FAULT", "what": case.what, "why": f"{used:,} bytes"}))
     if torch.equal(logits, sound[case.base]):
         return {"verdict": "same"}
     said += [str(warning.message) for warning in warned]
