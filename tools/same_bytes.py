@@ -36,12 +36,13 @@ def main() -> int:
     parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
     parser.add_argument("--pretrain_steps", type=int, default=10, help="of the quickstart")
     parser.add_argument("--sft_steps", type=int, default=50, help="of the quickstart; it logs every fiftieth loss")
+    parser.add_argument("--runs", nargs="+", choices=[*RUNS, "quickstart"], default=[*RUNS, "quickstart"])
     options = parser.parse_args()
     demo = ["--pretrain_steps", str(options.pretrain_steps), "--sft_steps", str(options.sft_steps)]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         old, new = (
-            found_in(checkout.resolve(), Path(folder), name, demo)
+            found_in(checkout.resolve(), Path(folder), name, options.runs, demo)
             for name, checkout in (("old", options.old), ("new", options.new))
         )
     for key in old:
@@ -75,7 +76,7 @@ def make_model(folder: Path) -> None:
     (folder / "text.txt").write_text(text)
 
 
-def found_in(checkout: Path, folder: Path, name: str, demo: list[str]) -> dict[str, Any]:
+def found_in(checkout: Path, folder: Path, name: str, runs: list[str], demo: list[str]) -> dict[str, Any]:
     """What a checkout makes, by name."""
     place = folder / name
     place.mkdir()
@@ -83,16 +84,19 @@ def found_in(checkout: Path, folder: Path, name: str, demo: list[str]) -> dict[s
     commands = [
         ["compress", str(folder / "dense"), str(place / run), *(text if flag == "TEXT" else flag for flag in flags)]
         for run, flags in RUNS.items()
+        if run in runs
     ]
     program = "import json, sys, cluscomp_peft.cli as cli; sys.exit(any(map(cli.main, json.loads(sys.argv[1]))))"
     run_python(checkout, place, "-c", program, json.dumps(commands))
     found: dict[str, Any] = {}
-    for run in RUNS:
+    for run in (name for name in RUNS if name in runs):
         target = place / run
         found[f"{run}: tensors"] = digests(target)
         found[f"{run}: config.json"] = json.loads((target / "config.json").read_text())
         found[f"{run}: report"] = without_times(json.loads((target / "cluscomp_report.json").read_text()))
         found[f"{run}: files"] = sorted(os.listdir(target))
+    if "quickstart" not in runs:
+        return found
     recipe = str(checkout / "recipes" / "quickstart.py")
     lines = run_python(checkout, place, recipe, "--output_dir", str(place / "demo"), *demo).splitlines()
     logs = [json.loads(line.replace("'", '"')) for line in lines if line.startswith("{'")]
