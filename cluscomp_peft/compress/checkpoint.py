@@ -1,7 +1,8 @@
-"""Making compressed checkpoints: what `cluscomp compress` does.
+"""The door: a dense checkpoint in, a compressed checkpoint out. `cluscomp compress` calls it.
 
-Work goes on in a hidden folder beside its place, which is renamed when it is whole: nothing that loads is ever half
-written. A run that was killed or failed leaves that folder, and the same command goes on from there.
+The new checkpoint is written into a hidden folder beside its target, which takes the target's name when it is
+complete: no half-written checkpoint can be loaded. A run that was killed or failed leaves the hidden folder, and the
+same command continues in it.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def compress_checkpoint(
     overwrite: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Clusters a dense model of the class that its config names; `from_pretrained` loads what it writes.
+    """Compresses a dense model, of the class that its config names, to a checkpoint that `from_pretrained` loads.
 
-    One block at a time is in memory, with calibration also its activations; without, as many matrices as are clustered
-    at once. The same call goes on where an earlier one ended, and ends with the same bytes.
+    With calibration one block and its activations are in memory at a time; without, the matrices that are clustered at
+    once. The same call continues where an earlier one ended, and the bytes are those of a run without an interruption.
 
     Args:
         source (`str`): Folder or hub id of the dense model.
@@ -256,7 +257,7 @@ def _finish(
 
 
 def _keep_or_discard(journal: Journal, target: str, error: BaseException, measured: bool) -> None:
-    """Leaves what is done as it is, and says so; takes away a folder in which nothing is."""
+    """After an error: keeps finished shards and adds a note on how to continue; removes a folder without any."""
     if os.path.isdir(journal.folder):
         restore_aside(journal, target)
     done = len(journal.content.get("done", {}))

@@ -1,4 +1,4 @@
-"""How every matrix of a run is stored: as the settings say, or as the budget of bits or bytes is spent best."""
+"""How every matrix of a run is stored: as the settings say, or so that a budget of bits or bytes costs least loss."""
 
 from __future__ import annotations
 

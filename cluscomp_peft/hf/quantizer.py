@@ -1,10 +1,10 @@
 """The quantizer that `from_pretrained` calls: a compressed checkpoint, or a dense one clustered on the fly.
 
-pre-clustered   the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read;
-                the dense weights never exist
-on the fly      each dense weight is clustered as soon as it is read and its layer replaced, in the very way that
-                `cluscomp compress` does it: as many at once as there are cores, a few hundred MB at most, one at a
-                time where a matrix is larger; the result does not depend on it
+compressed      the linear layers that the layout names become empty `ClusteredLinear`s before any weight is read, so
+                that the dense weights never exist
+on the fly      each dense weight is clustered as soon as it is read, by the same call as in `cluscomp compress`, and
+                its layer is replaced. As many are clustered at once as there are cores and `TOGETHER` allows; the
+                result does not depend on how many
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What a user asks for is checked, and every holder of a policy chooses the same layers and the same (g, n)."""
 
+import weakref
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from cluscomp_peft.clustering import kmeans
+from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.compress.policy import CODEBOOK_DTYPES, Policy
 from tests.conftest import tiny_llama
 
@@ -106,6 +109,24 @@ def test_specs_of_all_targets_are_those_of_each():
     assert specs == {"0": policy.spec_for("0", 96, 160), "2": policy.spec_for("2", 200, 96)}
     wider = replace(policy, codebook_dtype="auto").specs(model)  # fp32 codebooks take twice the bytes
     assert wider == {name: replace(policy, codebook_dtype="float32").specs(model)[name] for name in specs} != specs
+
+
+def test_a_weight_is_freed_before_kmeans(monkeypatch):
+    """K-means is where memory peaks; a copy of the weight beside it would raise the peak."""
+    alive = []
+
+    def weight():
+        made = torch.randn(24, 16)
+        alive.append(weakref.ref(made))
+        return made
+
+    def watched(*args, **settings):
+        assert alive[0]() is None
+        return kmeans(*args, **settings)
+
+    monkeypatch.setattr("cluscomp_peft.compress.policy.kmeans", watched)
+    layer = Policy().cluster("layer", weight(), ClusterSpec(2, 8, scale_in=True, scale_out=True), threads=1)
+    assert len(alive) == 1 and layer.codes.shape[0] == 16
 
 
 def test_more_centroids_than_groups_are_refused_or_capped():

@@ -74,7 +74,7 @@ def compress_block(
         held_out (`int`): The last so many batches judge reconstruction; where there are more, neither codes nor
             codebooks see them.
         settings ([`BlockSettings`]): How.
-        progress: Called with the number of weights of every layer that is clustered.
+        progress: Called with the number of weights of each layer when it is clustered.
 
     Returns:
         Clustered layers by full name, and what was measured: matrices (relative_error, output_error), error_before,

@@ -1,10 +1,10 @@
-"""The folder of a compressed checkpoint: from the hidden one where work goes on to its place, never half written.
+"""The folder of a compressed checkpoint: how the hidden folder of a run becomes the target, in one step.
 
     .OUT.partial ── renamed ──► OUT                 the journal goes with it, and is removed last
                     OUT ──────► .OUT.old            a checkpoint that --overwrite replaces, until the new one is there
 
-Whatever is removed here, the journal has to name it by its inode, which a folder keeps when it is renamed: a folder
-that merely has such a name, or a journal that someone copied, is the user's.
+Only folders that the journal names by their inode are removed: a folder keeps its inode when it is renamed. A folder
+that merely has such a name, or holds a copy of a journal, belongs to the user.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a long run has done so far, so that it can be killed at any moment and go on later.
 
-    OUT's parent /  .OUT.partial /  journal.json        settings and what is done; replaced as a whole after each unit
+    OUT's parent /  .OUT.partial /  journal.json        settings and what is done; replaced as a whole after each shard
                                     model-00001-of-…    finished shards, under their final names
-                                    dense.0 …           activations at the boundary of the last finished unit
+                                    dense.0 …           activations at the boundary of the last finished shard
                                     lock                held by the run that is at work
 
 Everything is written under a temporary name first, and the journal last, so what it names is whole. A journal is the

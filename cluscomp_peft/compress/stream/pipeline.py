@@ -1,13 +1,13 @@
 """A dense checkpoint on disk becomes clustered shards on disk, one block in memory at a time.
 
-    without calibration    every unit is read, clustered and written by itself: matrices beside each other where cores
-                           are idle, units in several processes where the user wants it         (`shard`, `workers`)
+    without calibration    every shard is read, clustered and written by itself: as many matrices at once as there are
+                           cores, in several processes if the user asks for them                (`shards`, `workers`)
     with calibration       measure      sensitivities, one pass forward and one back            (only to allocate bits)
                            per block    targets of the dense block → clustering with error feedback → reconstruction
                                         → shard, activations at the next boundary, journal      (`calibrated`, `block`)
 
-Work that ends early, killed or by an error, goes on at the first unit that the journal does not name, and ends with
-the bytes of a run that was never disturbed: every step depends on settings, weights and stored activations alone.
+A run that was killed, or ended by an error, continues with the first shard that the journal does not name. Its bytes
+are those of a run that was never disturbed: every step depends on settings, weights and stored activations alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..calibration.blocks import BlockModel, find_blocks
 from ..matrix.block import BlockSettings
 from .calibrated import CalibratedBlocks, Calibration
 from .journal import Journal
-from .shards import TOGETHER, Job, compress_unit, small_memory, trim_memory, write_shard
+from .shards import TOGETHER, Job, compress_shard, small_memory, trim_memory, write_shard
 from .source import DenseCheckpoint
-from .units import Unit, split_into_units
+from .split import Shard, split_into_shards
 from .workers import Progress, compress_in_workers
 
 __all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
@@ -67,35 +67,35 @@ def compress_shards(
         ValueError: If the checkpoint lacks weights, or a weight cannot be clustered.
         ChildProcessError: If a worker died.
     """
-    units = split_into_units(model, source, specs)
+    shards = split_into_shards(model, source, specs)
     job = Job(source, journal.folder, settings, dtype)
     blocks = None
     if calibration is not None:
-        _check_blocks(model, source, units)
+        _check_blocks(model, source, shards)
         if "losses" not in journal.content:
             blocks = CalibratedBlocks(
                 BlockModel(model, source, calibration.dtype(dtype), calibration.device), journal, calibration
             )
     memory = 0
-    total = sum(unit.weights for unit in units)
+    total = sum(shard.weights for shard in shards)
     with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
-        left = [unit for unit in units if unit.shard not in journal.content.get("done", {})]
-        bar.update(total - sum(unit.weights for unit in left))
+        left = [shard for shard in shards if shard.file not in journal.content.get("done", {})]
+        bar.update(total - sum(shard.weights for shard in left))
 
-        def finished(unit: Unit, report: dict[str, Any]) -> None:
+        def finished(shard: Shard, report: dict[str, Any]) -> None:
             source.refuse_changes()
-            journal.commit(done={**journal.content.get("done", {}), unit.shard: report})
+            journal.commit(done={**journal.content.get("done", {}), shard.file: report})
             trim_memory()
 
         if workers > 1 and blocks is None:
             memory = compress_in_workers(left, job, workers, devices, bar.update, finished)
             left = []
-        for unit in left:
-            if unit.index is not None and blocks is not None:
+        for shard in left:
+            if shard.index is not None and blocks is not None:
                 # Also a block that stays dense: the next one needs what it hands on.
-                finished(unit, _compress_block(blocks, unit, job, bar.update))
+                finished(shard, _compress_block(blocks, shard, job, bar.update))
             else:
-                finished(unit, compress_unit(unit, job, devices[0], bar.update))
+                finished(shard, compress_shard(shard, job, devices[0], bar.update))
     if blocks is not None:
         assert calibration is not None
         # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
@@ -103,7 +103,7 @@ def compress_shards(
         held_out = len(calibration.fitted) < len(calibration.batches)
         journal.commit(losses=blocks.losses() if whole and held_out else {})
     done = journal.content["done"]
-    return {**_collected({unit.shard: done[unit.shard] for unit in units}, journal), "memory": memory}
+    return {**_collected({shard.file: done[shard.file] for shard in shards}, journal), "memory": memory}
 
 
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
@@ -111,11 +111,11 @@ def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None
     return combine_fingerprints(fingerprints[name] for name, _ in model.named_modules() if name in fingerprints)
 
 
-def _check_blocks(model: nn.Module, source: DenseCheckpoint, units: list[Unit]) -> None:
+def _check_blocks(model: nn.Module, source: DenseCheckpoint, shards: list[Shard]) -> None:
     found = find_blocks(model)
     if found is None:
         return  # which BlockModel says
-    empty = len(found[1]) - sum(unit.index is not None for unit in units)
+    empty = len(found[1]) - sum(shard.index is not None for shard in shards)
     if empty:
         raise ValueError(
             f"{source.folder} has no weights of its own for {empty} blocks, which share those of others; "
@@ -123,12 +123,12 @@ def _check_blocks(model: nn.Module, source: DenseCheckpoint, units: list[Unit]) 
         )
 
 
-def _compress_block(blocks: CalibratedBlocks, unit: Unit, job: Job, progress: Progress) -> dict[str, Any]:
+def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    assert unit.index is not None
-    specs = {matrix.name: matrix.spec for matrix in unit.matrices}
-    layers, report = blocks.compress(unit.index, specs, job.settings, progress)
-    return write_shard(unit, layers, job, report, started)
+    assert shard.index is not None
+    specs = {matrix.name: matrix.spec for matrix in shard.matrices}
+    layers, report = blocks.compress(shard.index, specs, job.settings, progress)
+    return write_shard(shard, layers, job, report, started)
 
 
 def _collected(reports: dict[str, dict[str, Any]], journal: Journal) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""One unit becomes one shard: its matrices clustered by themselves, measured, and written beside its other tensors.
+"""Makes one shard: clusters its matrices, each by itself, measures their errors, and writes all of its tensors.
 
-Needs the checkpoint and the unit alone, so that any process can do it; K-means of a matrix does not depend on how many
-threads it is given or which matrices are clustered beside it, and neither does what is measured of it.
+This needs the dense checkpoint and the shard's description alone, so that any process can do it. The bytes and the
+measured errors depend neither on the number of threads nor on which matrices are clustered at the same time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ...linear import ClusteredLinear
 from ..matrix.block import BlockSettings
 from .journal import save_tensors
 from .source import PARTS, DenseCheckpoint
-from .units import Matrix, Unit, read_matrix
+from .split import Matrix, Shard, read_matrix
 
-__all__ = ["TOGETHER", "Job", "compress_unit", "small_memory", "trim_memory", "write_shard"]
+__all__ = ["TOGETHER", "Job", "compress_shard", "small_memory", "trim_memory", "write_shard"]
 
-TOGETHER = 1 << 23  # weights that are clustered at once; each takes some 30 bytes meanwhile
+TOGETHER = 1 << 23  # weights that are clustered at once; K-means takes some 30 bytes for each
 _LARGE = 1 << 20  # bytes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # DEFAULT_MMAP_THRESHOLD_MAX of malloc.c
-_CHANNELS = 256  # of the input that errors are measured of at a time
+_CHANNELS = 256  # input channels that are decoded at a time to measure errors
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a run have in common.
+    """What is the same for all shards of a run.
 
     Args:
         source ([`DenseCheckpoint`]): Where tensors come from.
@@ -52,11 +52,11 @@ class Job:
     dtype: torch.dtype
 
 
-def compress_unit(unit: Unit, job: Job, device: torch.device, progress: Callable[[int], object]) -> dict[str, Any]:
-    """Clusters the matrices of a unit by themselves and writes its shard.
+def compress_shard(shard: Shard, job: Job, device: torch.device, progress: Callable[[int], object]) -> dict[str, Any]:
+    """Clusters the matrices of a shard, each by itself, and writes the file.
 
     Args:
-        unit ([`Unit`]): What the shard holds.
+        shard ([`Shard`]): What the file holds.
         job ([`Job`]): Source, folder and settings.
         device (`torch.device`): Of K-means.
         progress: Called with the number of weights of every matrix that is clustered.
@@ -65,21 +65,21 @@ def compress_unit(unit: Unit, job: Job, device: torch.device, progress: Callable
         `dict`: What the journal keeps of it; see [`write_shard`].
     """
     started = time.perf_counter()
-    layers = _cluster_alone(unit, job, device, progress)
-    return write_shard(unit, layers, job, {}, started)
+    layers = _cluster_alone(shard, job, device, progress)
+    return write_shard(shard, layers, job, {}, started)
 
 
 def _cluster_alone(
-    unit: Unit, job: Job, device: torch.device, progress: Callable[[int], object]
+    shard: Shard, job: Job, device: torch.device, progress: Callable[[int], object]
 ) -> dict[str, ClusteredLinear]:
-    """Clusters matrices by themselves, as many at once as there are cores and `TOGETHER` allows; one on a GPU."""
+    """Clusters as many matrices at once as there are cores and `TOGETHER` allows; one at a time on a GPU."""
     settings = job.settings
     cores = settings.threads or torch.get_num_threads()
-    largest = max((matrix.weights for matrix in unit.matrices), default=1)
-    together = max(1, min(cores, len(unit.matrices), TOGETHER // largest)) if device.type == "cpu" else 1
+    largest = max((matrix.weights for matrix in shard.matrices), default=1)
+    together = max(1, min(cores, len(shard.matrices), TOGETHER // largest)) if device.type == "cpu" else 1
 
     def work(matrix: Matrix) -> ClusteredLinear:
-        # Held by nobody here, so that it is gone once it is cut into vectors.
+        # No variable holds the weight, so that it is freed once it is cut into vectors.
         layer = settings.policy.cluster(
             matrix.name,
             read_matrix(job.source, matrix).to(device),
@@ -90,40 +90,42 @@ def _cluster_alone(
         trim_memory()
         return layer.cpu()
 
-    # The largest first, beside which the fewest results are held.
-    order = sorted(unit.matrices, key=lambda matrix: -matrix.weights)
+    # The largest first: it needs the most memory, and then the fewest results are held.
+    order = sorted(shard.matrices, key=lambda matrix: -matrix.weights)
     with ThreadPoolExecutor(together) as pool:
         made = dict(zip((matrix.name for matrix in order), pool.map(work, order), strict=True))
-    return {matrix.name: made[matrix.name] for matrix in unit.matrices}
+    return {matrix.name: made[matrix.name] for matrix in shard.matrices}
 
 
 def write_shard(
-    unit: Unit,
+    shard: Shard,
     layers: dict[str, ClusteredLinear],
     job: Job,
     report: dict[str, Any],
     started: float,
 ) -> dict[str, Any]:
-    """Writes the shard of a unit whose matrices are clustered; `started` is the perf_counter() of its beginning.
+    """Writes a shard whose matrices are clustered; `started` is the `perf_counter()` at which work on it began.
 
     Returns:
         `dict`: `report` with matrices (shape, spec, bytes, true_bits, relative_error and more by layer), fingerprints,
         keys (bytes by tensor of the shard), block and seconds.
     """
-    _measure(report, unit, layers, job.source)
-    tensors = _tensors(unit, layers, job)
-    save_tensors(os.path.join(job.folder, unit.shard), tensors)
-    report["fingerprints"] = {matrix.name: layers[matrix.name].fingerprint() for matrix in unit.matrices}
+    _measure(report, shard, layers, job.source)
+    tensors = _tensors(shard, layers, job)
+    save_tensors(os.path.join(job.folder, shard.file), tensors)
+    report["fingerprints"] = {matrix.name: layers[matrix.name].fingerprint() for matrix in shard.matrices}
     report["keys"] = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
-    report["block"] = unit.block
+    report["block"] = shard.block
     report["seconds"] = time.perf_counter() - started
     return report
 
 
-def _measure(report: dict[str, Any], unit: Unit, layers: dict[str, ClusteredLinear], source: DenseCheckpoint) -> None:
+def _measure(
+    report: dict[str, Any], shard: Shard, layers: dict[str, ClusteredLinear], source: DenseCheckpoint
+) -> None:
     """Adds shape, spec, bytes, true bits and relative error of every matrix."""
     matrices = report.setdefault("matrices", {})
-    for matrix in unit.matrices:
+    for matrix in shard.matrices:
         layer, weight = layers[matrix.name], read_matrix(source, matrix)
         energy = error = 0.0
         for first in range(0, layer.in_features, _CHANNELS):
@@ -156,11 +158,11 @@ def _squares(rows: torch.Tensor) -> float:
     return float(rows.square().sum(1, dtype=torch.float64).sum())
 
 
-def _tensors(unit: Unit, layers: dict[str, ClusteredLinear], job: Job) -> dict[str, torch.Tensor]:
+def _tensors(shard: Shard, layers: dict[str, ClusteredLinear], job: Job) -> dict[str, torch.Tensor]:
     """What the shard holds: clustered matrices under the names of their weights, everything else as it was."""
-    clustered = {matrix.key: layers[matrix.name] for matrix in unit.matrices}
+    clustered = {matrix.key: layers[matrix.name] for matrix in shard.matrices}
     tensors = {}
-    for key in unit.keys:
+    for key in shard.keys:
         layer = clustered.get(key)
         if layer is None:
             tensors[key] = job.source.read(key, job.dtype)
@@ -175,12 +177,12 @@ def _tensors(unit: Unit, layers: dict[str, ClusteredLinear], job: Job) -> dict[s
 
 @contextmanager
 def small_memory() -> Iterator[None]:
-    """Lets glibc take each large tensor from the system by itself, and give it back when it is freed; by default it
-    soon keeps them in a heap, where tensors of many sizes leave holes.
+    """Makes glibc map each large tensor separately and unmap it when it is freed. By default glibc soon keeps freed
+    memory in its heap, where tensors of many sizes leave holes.
 
-    Training takes and frees the same tensors again and again, for which that heap is made, and each from the system
-    would be a third of its time. So afterwards thresholds are where glibc's own rule ends once a large tensor was
-    freed: the rule itself cannot be turned on again.
+    Training allocates and frees the same sizes again and again, for which the heap is right: mapping each tensor would
+    take a third of the time. So in the end both thresholds are raised to the values at which glibc's own rule arrives
+    after the first large tensors; the rule itself cannot be switched on again.
     """
     global _inside
     with _counting:
@@ -201,7 +203,7 @@ _inside, _counting = 0, threading.Lock()  # runs in several threads of a process
 
 
 def trim_memory() -> None:
-    """Gives the system what else was freed."""
+    """Returns freed memory of glibc's heap to the system."""
     _libc("malloc_trim", 0)
 
 

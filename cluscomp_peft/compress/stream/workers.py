@@ -1,11 +1,11 @@
-"""Several processes, each of which turns one unit after another into a shard.
+"""Several processes, each of which makes one shard after another.
 
-    parent      lock, journal, progress bar     ── unit ──►              worker i     its share of the cores, or GPU
+    parent      lock, journal, progress bar     ── shard ──►              worker i     its share of the cores, or GPU
                                                 ◄── weights clustered, report, error ──
 
-A unit is clustered the same whoever does it, so the bytes are those of one process. What the journal names is done;
-what else a run that ended early was at is done again. A worker that dies ends the run with an error; a parent that
-dies takes its workers with it, so that nobody writes into a folder whose lock is free.
+The bytes do not depend on which process makes a shard. A run that ended early continues with the shards that its
+journal does not name. If a worker dies, the run ends with an error. If the parent dies, its workers end too, so that
+no process writes into a folder whose lock is free.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from .shards import Job, compress_unit, small_memory
-from .units import Unit
+from .shards import Job, compress_shard, small_memory
+from .split import Shard
 
 __all__ = ["Progress", "compress_in_workers", "peak_memory", "visible_devices"]
 
@@ -34,22 +34,22 @@ _PATIENCE = 10  # seconds for idle workers to end by themselves
 
 
 def compress_in_workers(
-    units: Sequence[Unit],
+    shards: Sequence[Shard],
     job: Job,
     workers: int,
     devices: Sequence[torch.device],
     progress: Progress,
-    finished: Callable[[Unit, dict[str, Any]], object],
+    finished: Callable[[Shard, dict[str, Any]], object],
 ) -> int:
-    """Compresses units in `workers` processes, each with its share of the threads that `job` names.
+    """Makes shards in `workers` processes, each with its share of the threads that `job` names.
 
     Args:
-        units: Handed out in turn, each to the first worker that is idle.
+        shards: Handed out in turn, each to the first worker that is idle.
         job ([`Job`]): As for one process.
-        workers (`int`): Processes, at most as many as there are units.
+        workers (`int`): Processes, at most as many as there are shards.
         devices: Worker i clusters on devices[i % len(devices)].
         progress: Called in this process with the number of weights of every matrix that is clustered.
-        finished: Called in this process with a unit whose shard is written, and its report.
+        finished: Called in this process with a shard that is written, and its report.
 
     Returns:
         `int`: Bytes of the most memory that the workers held, added up.
@@ -60,9 +60,9 @@ def compress_in_workers(
     """
     threads = job.settings.threads or torch.get_num_threads()
     job = replace(job, settings=replace(job.settings, threads=max(1, threads // workers)))
-    waiting, team = list(reversed(units)), []
+    waiting, team = list(reversed(shards)), []
     try:
-        for number in range(min(workers, len(units))):
+        for number in range(min(workers, len(shards))):
             team.append(_Worker(number, job, devices[number % len(devices)]))
             team[-1].take(waiting.pop())
         busy = {worker.link: worker for worker in team}
@@ -75,8 +75,8 @@ def compress_in_workers(
                 elif kind == "error":
                     raise value
                 elif kind == "done":
-                    assert worker.unit is not None
-                    finished(worker.unit, value)
+                    assert worker.shard is not None
+                    finished(worker.shard, value)
                     if waiting:
                         worker.take(waiting.pop())
                     else:
@@ -123,7 +123,7 @@ class _Worker:
     """A process and the pipe to it, as the parent sees them."""
 
     def __init__(self, number: int, job: Job, device: torch.device) -> None:
-        self.number, self.memory, self.unit = number, 0, None  # type: int, int, Unit | None
+        self.number, self.memory, self.shard = number, 0, None  # type: int, int, Shard | None
         self._started = False
         context = multiprocessing.get_context("spawn")
         self.link, theirs = context.Pipe()
@@ -133,10 +133,10 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that the pipe ends when the worker does
 
-    def take(self, unit: Unit) -> None:
-        self.unit = unit
+    def take(self, shard: Shard) -> None:
+        self.shard = shard
         try:
-            self.link.send(unit)
+            self.link.send(shard)
         except OSError as error:
             raise self._dead() from error
 
@@ -169,16 +169,16 @@ class _Worker:
                 'for workers must do so under `if __name__ == "__main__":`.'
             )
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
-        assert self.unit is not None
+        assert self.shard is not None
         return ChildProcessError(
-            f"{who} {how} while it made {self.unit.shard}. Finished shards are kept: run the same command again, it "
+            f"{who} {how} while it made {self.shard.file}. Finished shards are kept: run the same command again, it "
             "goes on from there; with fewer workers if memory ran out."
         )
 
 
 @small_memory()
 def _work(link: connection.Connection, job: Job, device: torch.device) -> None:
-    """What a worker does: units in, reports out, until the parent closes the pipe or is gone."""
+    """What a worker does: shards in, reports out, until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(job.settings.threads or 1)
@@ -191,11 +191,11 @@ def _work(link: connection.Connection, job: Job, device: torch.device) -> None:
     say("started", None)
     while True:
         try:
-            unit = link.recv()
+            shard = link.recv()
         except EOFError:
             return
         try:
-            say("done", compress_unit(unit, job, device, lambda count: say("progress", count)))
+            say("done", compress_shard(shard, job, device, lambda count: say("progress", count)))
         except Exception as error:
             say("error", _portable(error))
 

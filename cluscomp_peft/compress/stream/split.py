@@ -1,7 +1,7 @@
-"""What a checkpoint is made of: a unit for each block, then pieces of everything else; a unit becomes a shard.
+"""How a checkpoint is split into shards: one for each decoder block, then pieces of everything else.
 
-A unit says all that clustering it takes besides the weights, without the model that it was read off: it is a few
-numbers and names, which another process can be given.
+A [`Shard`] describes a file before it is made: names, shapes and specs, no weights and no model. It is small, so that
+it can be sent to another process, which reads the weights itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...dense import weight_of
 from ..calibration.blocks import find_blocks
 from .source import DenseCheckpoint
 
-__all__ = ["Matrix", "Unit", "read_matrix", "split_into_units"]
+__all__ = ["Matrix", "Shard", "read_matrix", "split_into_shards"]
 
 _SHARD_BYTES = 1 << 26  # of tensors outside the blocks; one tensor may be larger
 
@@ -46,17 +46,17 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What one shard holds.
+class Shard:
+    """What one file of the compressed checkpoint will hold.
 
     Args:
-        shard (`str`): Name of its file.
+        file (`str`): Its name.
         keys (`list[str]`): Of the tensors of the source that go into it.
         matrices (`list[Matrix]`): Those of them that are clustered, in the order of the model.
         index (`int`, *optional*): Of the block, if it is one. block (`str`, *optional*): The name of that block.
     """
 
-    shard: str
+    file: str
     keys: list[str]
     matrices: list[Matrix]
     index: int | None = None
@@ -68,10 +68,10 @@ class Unit:
         return sum(matrix.weights for matrix in self.matrices)
 
 
-def split_into_units(model: nn.Module, source: DenseCheckpoint, specs: dict[str, ClusterSpec]) -> list[Unit]:
-    """Blocks first, in turn, each a unit; then everything else, in pieces.
+def split_into_shards(model: nn.Module, source: DenseCheckpoint, specs: dict[str, ClusterSpec]) -> list[Shard]:
+    """A shard for each block, in the order of the model, then shards of everything else.
 
-    Blocks without a tensor of their own, which share those of others, are left out.
+    Blocks that have no tensor of their own, because they share those of other blocks, get no shard.
 
     Raises:
         ValueError: If the checkpoint lacks a weight that `specs` names.
@@ -101,19 +101,19 @@ def split_into_units(model: nn.Module, source: DenseCheckpoint, specs: dict[str,
     parts[None] = rest
     pieces = [(owner, keys) for owner, lists in parts.items() for keys in lists if keys]
     matrices = [_matrix(model, source, name, spec) for name, spec in specs.items()]
-    units = []
+    shards = []
     for number, (owner, keys) in enumerate(pieces):
         held = set(keys)
-        units.append(
-            Unit(
-                shard=f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors",
+        shards.append(
+            Shard(
+                file=f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors",
                 keys=keys,
                 matrices=[matrix for matrix in matrices if matrix.key in held],
                 index=owner,
                 block=None if owner is None or found is None else f"{found[0]}.{owner}",
             )
         )
-    return units
+    return shards
 
 
 def read_matrix(source: DenseCheckpoint, matrix: Matrix) -> torch.Tensor:
@@ -132,7 +132,7 @@ def _matrix(model: nn.Module, source: DenseCheckpoint, name: str, spec: ClusterS
 
 
 def _absent(source: DenseCheckpoint, name: str, kind: str) -> str:
-    """Why a weight cannot be taken from a checkpoint."""
+    """Why a weight cannot be read from a checkpoint."""
     other = source.find(f"{name}.weight")
     if other is not None:
         return (
