@@ -49,7 +49,9 @@ def callback(signature: Any, function: Callable, **options: Any) -> int:
     _keep(compiled, function)
     compiled.compile()
     _compiled.append(compiled)
-    return compiled.address
+    address = compiled.address
+    assert address is not None  # it has been compiled
+    return address
 
 
 _compiled: list[CFunc] = []

@@ -107,5 +107,5 @@ class _Watcher(MetaPathFinder):
                 execute(module)
                 _after_import(name)
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
