@@ -33,9 +33,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cluscomp_peft import ClusCompConfig
 from cluscomp_peft.compress.calibration.text import read_documents, token_windows
-from cluscomp_peft.compress.checkpoint import PAGE_NAME, write_page
 from cluscomp_peft.compress.recovery import CachedTeacher, RecoveryTrainer, cache_teacher_logits
-from cluscomp_peft.compress.report.record import REPORT_NAME, read_report
+from cluscomp_peft.compress.report.record import PAGE_NAME, REPORT_NAME, read_report, write_page
 from cluscomp_peft.compress.stream.headers import check_folder, weight_bytes
 from cluscomp_peft.hf.evaluate import true_bits
 
