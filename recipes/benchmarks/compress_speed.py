@@ -3,8 +3,9 @@
     python recipes/benchmarks/compress_speed.py                    # the shape of Llama-3.2-1B at 3 bits
 
 Matrices are random bf16, made one by one and dropped once clustered, as many at once as there are threads; settings
-come from `--bits` as in `cluscomp compress`. The estimate is time so far / share of the weights done, taken after a
-tenth, a quarter and half of the weights, over the time that it took in the end.
+come from `--bits` as in `cluscomp compress`, each number of bits in a process of its own. The estimate is the time so
+far / share of the weights done, taken after a tenth, a quarter and half of the weights, over the time that it took in
+the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
-from harness import Results, Row, arguments, settings_of, table
+from harness import Results, Row, answer, arguments, child, settings_of, table
 from random_models import Shape, add_shape, shape_of
 from timing import read_status
 from tqdm import tqdm
@@ -31,10 +32,12 @@ def main() -> None:
     parser.add_argument("--quality", default="default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    if answer(options, lambda job: measure(job["bits"], options)):
+        return
     settings = settings_of(options)
     del settings["bits"]
     results = Results(options.results, settings, options.fresh)
-    rows = results.complete([{"bits": bits} for bits in options.bits], lambda job: measure(job["bits"], options))
+    rows = results.complete([{"bits": bits} for bits in options.bits], lambda job: child(__file__, job))
     columns = {
         "bits": "{bits:g}",
         "weights": lambda row: f"{row['weights'] / 1e6:.0f} M",

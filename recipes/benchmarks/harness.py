@@ -290,8 +290,8 @@ def table(rows: Iterable[Row], columns: dict[str, str | Callable[[Row], str]]) -
         if callable(column):
             return column(row)
         try:
-            return column.format_map(row)
-        except (KeyError, TypeError):
+            return column.format_map({key: value for key, value in row.items() if value is not None})
+        except KeyError:
             return ""
 
     lines = [list(columns), *([cell(column, row) for column in columns.values()] for row in rows)]

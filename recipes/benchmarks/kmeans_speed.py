@@ -100,9 +100,8 @@ def main() -> None:
     kinds = ["gaussian" if options.gaussian else "weights", *([options.file] if options.file else [])]
     paths = {os.path.basename(kind): kind for kind in kinds}
     results = Results(options.results, settings_of(options, "threads", "scale"), options.fresh)
-    known = Results(
-        "-" if options.results == "-" else "kmeans_reference", {"iterations": ITERATIONS}, options.reference
-    )
+    kept = options.scale == 1 and options.results != "-"
+    known = Results("kmeans_reference" if kept else "-", {"iterations": ITERATIONS}, options.reference)
 
     def of(job: Row) -> tuple[str, int, int, int]:
         d, total, n = names[job["row"]]
