@@ -177,7 +177,6 @@ def test_the_recipe_warns_of_a_rate_that_is_too_high(run_recipe, tokenizer, tmp_
         report_to="none",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         disable_tqdm=True,
     )
     with warnings.catch_warnings(record=True) as caught:
