@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
@@ -20,7 +21,8 @@ CODE = """
 import sys
 import torch, transformers
 import cluscomp_peft
-transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+from transformers.distributed import DistributedConfig
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto"))
 """
 
 
@@ -46,7 +48,7 @@ def test_nothing_else_is_refused(config):
 
 def test_a_plan_for_one_process_is_no_plan(compressed_dir, tokens, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    model = AutoModelForCausalLM.from_pretrained(compressed_dir, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(compressed_dir, distributed_config=DistributedConfig(tp_plan="auto"))
     expected = logits_of(AutoModelForCausalLM.from_pretrained(compressed_dir), tokens)
     assert torch.equal(logits_of(model, tokens), expected)
 
