@@ -14,6 +14,8 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
 CATEGORIES = (DeprecationWarning, FutureWarning)
+# TRL's configs have it as their default by its older name, whoever makes them.
+THEIRS = ("`gradient_checkpointing` is deprecated", "`gradient_checkpointing_kwargs` is deprecated")
 LOGGERS = ("accelerate", "peft", "transformers", "trl")
 
 calls: list[str] = []  # found since the last check
@@ -40,8 +42,8 @@ def check() -> None:
 
 
 def _note(message: object) -> None:
-    if "gradient_checkpointing" in str(message):
-        return  # TRL's configs set it by its older name, whoever makes them
+    if str(message).startswith(THEIRS):
+        return
     frame = _caller(sys._getframe(2))
     if frame is not None:
         path = Path(frame.f_code.co_filename).relative_to(ROOT)
