@@ -59,6 +59,8 @@ def _caller(frame: FrameType | None) -> FrameType | None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             return frame
+        if package == "_pytest":  # `pytest.warns` gives back what it did not expect, without the stack of who called
+            return None
         if package not in sys.stdlib_module_names:
             if warned is None:
                 warned = package
