@@ -1,4 +1,4 @@
-"""The `cluscomp` command: compress, inspect, evaluate, plan."""
+"""The `cluscomp` command: compress, inspect, evaluate, export, plan."""
 
 from __future__ import annotations
 
@@ -109,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a compressed model down for engines that know no codes")
+    export.add_argument("path", metavar="DIR", help="folder or hub id of a model, or folder of an adapter")
+    export.add_argument("target", metavar="OUT", help="folder to create")
+    export.add_argument("--to", required=True, choices=("dense",), help="format")
+    export.add_argument("--adapter", metavar="DIR", help="adapter to merge on the way")
+    export.add_argument("--dtype", default="auto", choices=_DTYPES, help="of the dense weights (default: the model's)")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
+    export.set_defaults(run=_export)
 
     plan = commands.add_parser("plan", help="say what a model needs in memory, and which settings fit")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
@@ -258,6 +267,18 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
             f"{result.true_bits:.3f} true bits per weight"
         )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export.dense import export_dense
+
+    summary = export_dense(
+        options.path, options.target, adapter=options.adapter, dtype=options.dtype, overwrite=options.overwrite
+    )
+    print(
+        f"{options.target}: {summary['matrices']} matrices decoded to {summary['dtype']}, "
+        f"{summary['bytes'] / 1e6:.1f} MB of weight files, {summary['seconds']:.1f} s"
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:

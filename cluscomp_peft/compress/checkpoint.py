@@ -8,12 +8,10 @@ same command continues in it.
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import replace
 from typing import Any, Protocol
@@ -41,7 +39,15 @@ from .report.card import model_card
 from .report.page import render_report
 from .report.record import PAGE_NAME, REPORT_NAME
 from .specs import specs_of_run
-from .stream.folder import ONE_NAME, check_target, join_shards, move, restore_aside, work_folder, write_text
+from .stream.folder import (
+    at_work,
+    check_target,
+    join_shards,
+    move,
+    work_folder,
+    write_index,
+    write_text,
+)
 from .stream.headers import check_folder, weight_bytes
 from .stream.journal import Journal, disk_errors
 from .stream.pipeline import Calibration, compress_shards, fingerprint_of
@@ -140,7 +146,6 @@ def compress_checkpoint(
         given = Calibration(windows, devices[0])
 
     target = os.path.abspath(target)
-    parent, name = os.path.split(target)
     job = {
         "source": dense.state(),
         "config": config.to_dict(),
@@ -154,11 +159,8 @@ def compress_checkpoint(
     }
     work = work_folder(target)
     journal = Journal(work, job, anew=overwrite)
-    try:
-        restore_aside(journal, target)
+    with at_work(journal, target, dense, measured=given is not None):
         check_target(source, target, overwrite)  # again, as nobody else can be at work any more
-        if journal.content.get("done"):
-            print(f"{target}: going on where an earlier run ended", file=sys.stderr)
         if tokenizer is not None:
             with disk_errors(work):
                 tokenizer.save_pretrained(work)
@@ -195,21 +197,9 @@ def compress_checkpoint(
             "coverage": policy.coverage(model, layers),
         }
         model_config.dtype = kept
-        _finish(work, name, folder, model, model_config, config, specs, result, summary)
+        _finish(work, os.path.basename(target), folder, model, model_config, config, specs, result, summary)
         check_target(source, target, overwrite)  # which may have been filled meanwhile
         move(journal, target)
-    except BaseException as error:
-        _keep_or_discard(journal, target, error, measured=given is not None)
-        if isinstance(error, (ValueError, OSError)):
-            dense.refuse_changes()  # which explains whatever else was found
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"{parent} is full; make room there and run the same command again, it goes on from there.",
-            ) from error
-        raise
-    finally:
-        journal.close()
     return {
         **summary,
         "elapsed": time.perf_counter() - started,
@@ -237,8 +227,6 @@ def _finish(
     model_config.save_pretrained(work)
     write_generation_config(model, folder, work)
     shards = result["shards"]
-    places = {key: shard for shard, keys in shards.items() for key in keys}
-    total = sum(map(sum, (keys.values() for keys in shards.values())))
     matrices = {
         layer: {key: value for key, value in entry.items() if key not in ("squared_error", "squared_norm")}
         for layer, entry in result["matrices"].items()
@@ -249,25 +237,9 @@ def _finish(
         PAGE_NAME: render_report(name, report),
         "README.md": model_card(name, summary, len(report["matrices"]), report["losses"]),
     }
-    if not os.path.exists(os.path.join(work, ONE_NAME)):
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=1)
+    write_index(work, shards)
     for file_name, text in texts.items():
         write_text(os.path.join(work, file_name), text)
-
-
-def _keep_or_discard(journal: Journal, target: str, error: BaseException, measured: bool) -> None:
-    """After an error: keeps finished shards and adds a note on how to continue; removes a folder without any."""
-    if os.path.isdir(journal.folder):
-        restore_aside(journal, target)
-    done = len(journal.content.get("done", {}))
-    if done:
-        error.add_note(
-            f"The {done} finished shards stay in {journal.folder}: the same command goes on from there, --overwrite "
-            "starts anew, and removing that folder gives them up."
-        )
-    elif isinstance(error, ValueError) or not (measured and "specs" in journal.content):
-        journal.discard()
 
 
 def _check_workers(workers: int, calibration: str | None) -> None:

@@ -31,7 +31,7 @@ from ..upstream.peft import FILE_PREFIX
 from .config import ClusCompConfig, Source
 from .loading import digest_bytes
 
-__all__ = ["check_file"]
+__all__ = ["Entry", "check_file", "entries_of", "find_file", "layers_of", "read_entries"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Numbers that an adapter may have for each weight of a layer, where only its config says how many.
@@ -57,15 +57,15 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
     Raises:
         ValueError: If a tensor is missing, too much, of another shape or dtype, or not the one that was saved.
     """
-    path = None if config.source is None else _find(config.source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    path = None if config.source is None else find_file(config.source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     if path is None:
         _check_sizes(config, layers, specs)
         return
-    entries = _entries(path)
+    entries = read_entries(path)
     fingerprints, codebooks = [], []
     for name, layer in layers.items():
         out_features, in_features = _shape_of_layer(layer)
-        found = _of_layer(entries, name)
+        found = entries_of(entries, name)
         wanted = _wanted(config, specs[name], in_features, out_features)
         for key, (shape, floats) in wanted.items():
             if key not in found:
@@ -102,7 +102,7 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
                 raise ValueError(_damaged(path, f"the codes of {name}"))
             parts = [found[f"base_layer.{key}"].read() for key in VALUES if f"base_layer.{key}" in wanted]
             codebooks.append(value_fingerprint(parts) if config.base == "clustered" else "")
-    strangers = [name for name in _layer_names(entries) if name not in layers]
+    strangers = [name for name in layers_of(entries) if name not in layers]
     if strangers:
         raise ValueError(
             f"{path} has numbers for {strangers[0]} and {len(strangers) - 1} more layers that it would not be loaded "
@@ -120,7 +120,7 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
             raise ValueError(_damaged(path, "the codebooks or scales"))
 
 
-def _find(source: Source, names: Sequence[str]) -> str | None:
+def find_file(source: Source, names: Sequence[str]) -> str | None:
     """The path of the first of these files beside a config; None if there is none."""
     for name in names:
         path = os.path.join(source.place, source.subfolder, name)
@@ -187,7 +187,7 @@ def _wanted(
     return wanted
 
 
-def _entries(path: str) -> dict[str, Entry]:
+def read_entries(path: str) -> dict[str, Entry]:
     """The tensors of a file by name; none is read."""
     if not path.endswith(".safetensors"):
         try:
@@ -219,7 +219,7 @@ def _entry(tensor: torch.Tensor) -> Entry:
     return Entry(tuple(tensor.shape), dtype, lambda: tensor)
 
 
-def _of_layer(entries: Mapping[str, Entry], name: str) -> dict[str, Entry]:
+def entries_of(entries: Mapping[str, Entry], name: str) -> dict[str, Entry]:
     """What the file has of a layer, by the key inside it; older files call the digest `code_digest`."""
     found = {}
     for key, entry in entries.items():
@@ -230,7 +230,7 @@ def _of_layer(entries: Mapping[str, Entry], name: str) -> dict[str, Entry]:
     return found
 
 
-def _layer_names(entries: Iterable[str]) -> list[str]:
+def layers_of(entries: Iterable[str]) -> list[str]:
     """The layers that the file has deltas of."""
     ending = ".cluscomp_delta.codebook"
     return [key.removeprefix(FILE_PREFIX).removesuffix(ending) for key in entries if key.endswith(ending)]

@@ -10,6 +10,7 @@ dtype, which rounds the merged weight a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,22 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..codes import ClusterSpec
-from ..deltas import sum_deltas
+from ..deltas import Delta, sum_deltas
 from ..dense import weight_of, weight_shape
 from ..linear import CodesDigest
 from ..placement import gathered
 from .layer import ClusCompLayer, NewAdapter
 from .units import root_mean_square
 
-__all__ = ["ClusCompDenseLinear"]
+__all__ = ["ClusCompDenseLinear", "adapted_weight"]
+
+
+def adapted_weight(dense: torch.Tensor, codes: torch.Tensor, deltas: Sequence[Delta]) -> ops.PackedWeight:
+    """A dense weight [out, in] with ΔC and the scales 1 + Σδ of `deltas` on its codes, as the ops take it."""
+    out_features, in_features = dense.shape
+    delta = sum_deltas(deltas, in_features=in_features)
+    scale_in, scale_out = (None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out))
+    return ops.PackedWeight(codes, delta.codebook, out_features, scale_in, scale_out, dense)
 
 
 class ClusCompDenseLinear(ClusCompLayer, nn.Module):
@@ -75,10 +84,8 @@ class ClusCompDenseLinear(ClusCompLayer, nn.Module):
         return self.in_features * self.out_features * self.base_layer.weight.element_size()
 
     def _adapted(self, dense: torch.Tensor, adapter_names: list[str]) -> ops.PackedWeight:
-        """The dense weight [out, in] with ΔC and the scales 1 + Σδ of the given adapters, as the ops take it."""
-        delta = sum_deltas(self.deltas(adapter_names), in_features=self.in_features)
-        scale_in, scale_out = (None if change is None else 1 + change for change in (delta.scale_in, delta.scale_out))
-        return ops.PackedWeight(self.codes, delta.codebook, self.out_features, scale_in, scale_out, dense)
+        """The dense weight [out, in] with the deltas of the given adapters, as the ops take it."""
+        return adapted_weight(dense, self.codes, self.deltas(adapter_names))
 
     def merged_values(self, adapter_names: list[str]) -> dict[str, torch.Tensor | None]:
         weight = self.base_tensor("weight")

@@ -22,7 +22,7 @@ from ..offloading import store_all, stored
 from ..placement import is_sharded
 from ..upstream.peft import adapters_to_merge, onloaded
 
-__all__ = ["MergingLayer", "all_or_nothing", "check_merging", "set_merged", "tuner_layers"]
+__all__ = ["MergingLayer", "all_or_nothing", "check_merging", "refuse_non_finite", "set_merged", "tuner_layers"]
 
 _KEPT = "unmerged_"
 

@@ -9,18 +9,31 @@ that merely has such a name, or holds a copy of a journal, belongs to the user.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors.torch import load_file
 
 from .journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file, save_tensors
+from .source import DenseCheckpoint
 
-__all__ = ["ONE_NAME", "check_target", "join_shards", "move", "restore_aside", "work_folder", "write_text"]
+__all__ = [
+    "at_work",
+    "check_target",
+    "join_shards",
+    "move",
+    "work_folder",
+    "write_index",
+    "write_text",
+]
 
-ONE_NAME = "model.safetensors"
+ONE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _ONE_FILE = 1 << 26  # bytes of weights up to which shards are joined in the end
 
 
@@ -44,7 +57,7 @@ def check_target(source: str, target: str, overwrite: bool) -> None:
     if not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target)):
         return
     if os.path.commonpath([os.path.realpath(target), os.path.realpath(source)]) == os.path.realpath(target):
-        raise ValueError(f"{target} is the dense model itself, or holds it; choose another folder.")
+        raise ValueError(f"{target} is the model itself, or holds it; choose another folder.")
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another folder, or overwrite it with --overwrite.")
     if not _is_model(target):
@@ -70,6 +83,16 @@ def join_shards(work: str, shards: dict[str, dict[str, int]]) -> None:
     for shard in shards:
         if os.path.exists(os.path.join(work, shard)):
             os.remove(os.path.join(work, shard))
+
+
+def write_index(work: str, shards: dict[str, dict[str, int]]) -> None:
+    """The index of several shards, file name to bytes by key; nothing where they were joined."""
+    if os.path.exists(os.path.join(work, ONE_NAME)):
+        return
+    places = {key: shard for shard, keys in shards.items() for key in keys}
+    total = sum(map(sum, (keys.values() for keys in shards.values())))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_text(os.path.join(work, INDEX_NAME), json.dumps(index, indent=1))
 
 
 def write_text(path: str, text: str) -> None:
@@ -100,7 +123,7 @@ def move(journal: Journal, target: str) -> None:
     _tidy(target, journal.content)
 
 
-def restore_aside(journal: Journal, target: str) -> None:
+def _restore_aside(journal: Journal, target: str) -> None:
     """Puts back a checkpoint that a run set aside and then could not replace."""
     aside = journal.content.get("aside")
     if aside is None:
@@ -109,6 +132,53 @@ def restore_aside(journal: Journal, target: str) -> None:
         os.rename(aside["path"], target)
     del journal.content["aside"]
     journal.commit()
+
+
+@contextmanager
+def at_work(journal: Journal, target: str, source: DenseCheckpoint, measured: bool = False) -> Iterator[None]:
+    """Inside of this a run is at work. After an error finished shards are kept, and the error says how to go on.
+
+    Args:
+        journal ([`Journal`]): Of the working folder; closed in the end.
+        target (`str`): What the folder shall become.
+        source ([`DenseCheckpoint`]): What is read; a change of it explains whatever else is found.
+        measured (`bool`): Specs in the journal were measured, which is worth keeping too.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    try:
+        _restore_aside(journal, target)
+        if journal.content.get("done"):
+            print(f"{target}: going on where an earlier run ended", file=sys.stderr)
+        yield
+    except BaseException as error:
+        _keep_or_discard(journal, target, error, measured)
+        if isinstance(error, (ValueError, OSError)):
+            source.refuse_changes()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"{os.path.dirname(target)} is full; make room there and run the same command again, it goes on from "
+                "there.",
+            ) from error
+        raise
+    finally:
+        journal.close()
+
+
+def _keep_or_discard(journal: Journal, target: str, error: BaseException, measured: bool) -> None:
+    """After an error: keeps finished shards and adds a note on how to continue; removes a folder without any."""
+    if os.path.isdir(journal.folder):
+        _restore_aside(journal, target)
+    done = len(journal.content.get("done", {}))
+    if done:
+        error.add_note(
+            f"The {done} finished shards stay in {journal.folder}: the same command goes on from there, --overwrite "
+            "starts anew, and removing that folder gives them up."
+        )
+    elif isinstance(error, ValueError) or not (measured and "specs" in journal.content):
+        journal.discard()
 
 
 def _finish_earlier(target: str) -> None:

@@ -148,7 +148,7 @@ def hold_lock(folder: str) -> IO[bytes]:
         import fcntl
     except ImportError as error:  # Windows
         raise OSError(
-            "compress locks its folder with fcntl, which this system lacks; run it on Linux or macOS."
+            "a run locks its folder with fcntl, which this system lacks; run it on Linux or macOS."
         ) from error
     path = os.path.join(folder, LOCK)
     busy = f"another run is at work in {folder}, or has just ended; wait for it, or choose another folder."

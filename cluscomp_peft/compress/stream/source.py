@@ -146,7 +146,7 @@ class DenseCheckpoint:
         if now != self._begun:
             changed = sorted({name for name, *_ in {*now}.symmetric_difference(self._begun)})
             raise ValueError(
-                f"{self.folder} was changed while it was compressed ({', '.join(changed)}), so the result would be a "
+                f"{self.folder} was changed while it was read ({', '.join(changed)}), so the result would be a "
                 "mixture of two models; start anew with --overwrite."
             )
 

@@ -53,7 +53,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killed(monkeypatch):
     """A run that ends by `Killed` leaves its folder as a killed process would."""
-    monkeypatch.setattr("cluscomp_peft.compress.checkpoint._keep_or_discard", lambda *args, **kwargs: None)
+    monkeypatch.setattr("cluscomp_peft.compress.stream.folder._keep_or_discard", lambda *args, **kwargs: None)
 
 
 def raising(monkeypatch, owner, name: str, error: BaseException, call: int = 1) -> None:
@@ -311,7 +311,7 @@ def test_a_source_that_is_replaced_meanwhile(when, dense_dir, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, replacing)
-        with pytest.raises(ValueError, match=r"changed while it was compressed \(model.safetensors\).*--overwrite"):
+        with pytest.raises(ValueError, match=r"changed while it was read \(model.safetensors\).*--overwrite"):
             compressed(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     if (tmp_path / ".out.partial").exists():  # its shards are of the model that is gone
