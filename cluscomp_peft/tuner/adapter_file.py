@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import ops
+from ..clustered_weight import VALUES
 from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups, value_fingerprint
 from ..dense import is_dense_linear, weight_shape
-from ..linear import VALUES
 from ..upstream.peft import FILE_PREFIX
 from .config import ClusCompConfig, Source
 from .loading import digest_bytes

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..clustered_weight import BASE_TENSORS, VALUES
 from ..codes import ClusterSpec, value_fingerprint
 from ..deltas import apply_deltas
-from ..linear import BASE_TENSORS, VALUES, ClusteredLinear
+from ..linear import ClusteredLinear
 from ..offloading import execution_device
 from ..placement import is_whole
 from .layer import ClusCompLayer, NewAdapter

@@ -18,10 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from ..clustered_weight import CodesDigest
 from ..codes import ClusterSpec
 from ..deltas import Delta, sum_deltas
 from ..dense import weight_of, weight_shape
-from ..linear import CodesDigest
 from ..placement import gathered
 from .layer import ClusCompLayer, NewAdapter
 from .units import root_mean_square

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import ops
+from ..clustered_weight import BASE_TENSORS
 from ..codes import ClusterSpec, num_groups
-from ..linear import BASE_TENSORS
 from ..offloading import stored
 from ..placement import is_whole, shape_of
 from ..upstream.peft import FILE_PREFIX

@@ -30,7 +30,7 @@ INTERNALS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "_forward_pre_hooks": (("tuner/",), "The same of the hooks before its calls."),
     "_apply": (
-        ("linear.py",),
+        ("clustered_weight.py",),
         "What `to`, `half` and `cuda` call with a function of tensors; if they call something else, a layer answers "
         "the dtype that the model had before it was cast.",
     ),
