@@ -20,11 +20,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from .. import ops
+from ..clustered_weight import VALUES
 from ..codes import ClusterSpec, combine_fingerprints
 from ..deltas import Delta, in_absolute_units
 from ..dense import weight_shape
 from ..layout import expand
-from ..linear import VALUES, ClusteredLinear
+from ..linear import ClusteredLinear
 from ..tuner.adapter_file import Entry, entries_of, find_file, layers_of, read_entries
 from ..tuner.config import ClusCompConfig
 from ..tuner.dense_layer import adapted_weight

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from ..clustered_weight import VALUES
 from ..codes import ClusterSpec, combine_fingerprints, num_groups, value_fingerprint
 from ..compress.architecture import check_generation_config, empty_model, stored_dtype
 from ..compress.stream.headers import check_folder, weight_files
@@ -29,7 +30,7 @@ from ..dense import is_dense_linear, weight_shape
 from ..hf.config import ClusCompQuantizationConfig
 from ..hf.reading import check_tensors, stored_specs
 from ..hf.refusals import refuse_non_finite
-from ..linear import VALUES, ClusteredLinear
+from ..linear import ClusteredLinear
 from ..upstream.transformers import kept_in_fp32, renaming_of
 from .adapter import Adapter, is_adapter, read_config
 
