@@ -65,10 +65,18 @@ def _parser() -> argparse.ArgumentParser:
         help="store a scale per channel (default: where it is cheap)",
     )
     compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
-    compress.add_argument("--calibration", metavar="FILE", help=".jsonl or .txt, also .xz: weights the clustering")
+    compress.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        default="auto",
+        help="text to compress by: a .jsonl or .txt file, also .xz; builtin, the text that comes with this package; "
+        "or none, which is faster and loses more (default: builtin, where the model continues text)",
+    )
     compress.add_argument("--samples", type=int, default=128, help="calibration sequences")
     compress.add_argument(
-        "--seqlen", type=int, help="tokens of a sequence (default 2048, at most what the model takes)"
+        "--seqlen",
+        type=int,
+        help="tokens of a sequence (default 2048, 512 of the built-in text, at most what the model takes)",
     )
     compress.add_argument(
         "--feedback",
@@ -86,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="processes that compress a block each, with their share of the cores, or on the GPUs in turn; the result "
-        "is the same. Not with --calibration, where each block builds on the one before it (default 1)",
+        "is the same. With --calibration none alone, for else each block builds on the one before it (default 1)",
     )
     compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
     compress.add_argument("--quality", default="default", choices=QUALITIES, help="of K-means")
@@ -195,6 +203,8 @@ def _compress(options: argparse.Namespace) -> None:
     if summary["losses"]:
         dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
         print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
+    if summary["not_calibrated"]:
+        print(_printable(f"compressed without calibration text, which loses more: {summary['not_calibrated']}"))
     print(_printable(summary["coverage"]))
 
 

@@ -42,6 +42,10 @@ class ScriptArguments:
     group_size: int | None = field(default=None, metadata={"help": "Dense model: weights per code."})
     num_clusters: int | None = field(default=None, metadata={"help": "Dense model: centroids per codebook."})
     scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
+    calibration: str = field(
+        default="auto",
+        metadata={"help": "Dense model: text to compress by, a file, builtin or none (default: builtin if it can be)."},
+    )
     rank: int = field(
         default=ClusCompConfig.rank,
         metadata={"help": "The knob for capacity: about as many numbers as LoRA of this rank. Merging stores them."},
@@ -160,15 +164,24 @@ def compressed_base(script: ScriptArguments, folder: str) -> str:
         # A run that was interrupted or is repeated: the base is there already, if it was made with these settings.
         made = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
         made = {**made, **read_report(folder)["summary"]}
-        wanted = {**quantization.to_dict(), "source": script.model_name_or_path, "dtype": script.dtype}
-        for key in ("source", "dtype", "bits", "group_size", "num_clusters", "scales"):
+        text = None if script.calibration == "none" else os.path.basename(script.calibration)
+        text = made.get("calibration") if text == "auto" else text
+        wanted = {
+            **quantization.to_dict(),
+            "source": script.model_name_or_path,
+            "dtype": script.dtype,
+            "calibration": text,
+        }
+        for key in ("source", "dtype", "bits", "group_size", "num_clusters", "scales", "calibration"):
             if made.get(key) != wanted[key]:
                 raise SystemExit(
                     f"{folder} was made with {key}={made.get(key)!r}, not {wanted[key]!r}; remove it or choose "
                     "another --output_dir."
                 )
         return folder
-    compress_checkpoint(script.model_name_or_path, folder, quantization, dtype=script.dtype)
+    compress_checkpoint(
+        script.model_name_or_path, folder, quantization, dtype=script.dtype, calibration=script.calibration
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from ..upstream.transformers import build_from_config, causal_class_name
+from .calibration.errors import CannotCalibrate
 
 __all__ = [
     "check_generation_config",
@@ -84,7 +85,7 @@ def read_tokenizer(source: str) -> Any:
 
 
 def refuse_calibration(model: Any, source: str) -> None:
-    """Raises a ValueError for a model that does not continue text: calibration predicts the next token."""
+    """Raises [`CannotCalibrate`] for a model that does not continue text: calibration predicts the next token."""
     if getattr(model.config, "is_encoder_decoder", False):
         what = "is an encoder and a decoder"
     elif not model.can_generate():
@@ -93,9 +94,7 @@ def refuse_calibration(model: Any, source: str) -> None:
         what = f"reads {model.main_input_name} instead of text"
     else:
         return
-    raise ValueError(
-        f"{type(model).__name__} of {source} {what}, so text cannot calibrate it; leave out --calibration."
-    )
+    raise CannotCalibrate(f"{type(model).__name__} of {source} {what}, so text cannot calibrate it")
 
 
 def refuse_evaluation(config: Any, source: str) -> None:

@@ -32,7 +32,9 @@ from .architecture import (
     stored_dtype,
     write_generation_config,
 )
-from .calibration.text import calibration_windows
+from .calibration.blocks import BlockModel
+from .calibration.errors import CannotCalibrate
+from .calibration.text import AUTO, BUILTIN, NONE, calibration_windows
 from .matrix.block import BlockSettings
 from .policy import Policy
 from .report.card import model_card
@@ -75,7 +77,7 @@ def compress_checkpoint(
     config: QuantizationConfig,
     *,
     size: int | None = None,
-    calibration: str | None = None,
+    calibration: str = "auto",
     samples: int = 128,
     seqlen: int | None = None,
     feedback: bool = True,
@@ -97,9 +99,12 @@ def compress_checkpoint(
         config ([`ClusCompQuantizationConfig`]): Bits and settings. With calibration or `size`, `bits` holds for all
             matrices together, and each gets what lowers the loss most.
         size (`int`, *optional*): Bytes that the whole folder may take, instead of bits.
-        calibration (`str`, *optional*): Text file to compress by: sensitivities, error feedback, reconstruction.
+        calibration (`str`): Text to compress by: sensitivities, error feedback, reconstruction. A file or hub id, see
+            [`read_documents`]; "builtin", the text that comes with the package; "none", to cluster every matrix by
+            itself; or "auto", which is "builtin" for models that continue text, else "none" with the reason in the
+            summary, under "not_calibrated".
         samples (`int`): Sequences to take from it.
-        seqlen (`int`, *optional*): Tokens of a sequence; 2048, or what the model takes.
+        seqlen (`int`, *optional*): Tokens of a sequence; 2048 (512 of the built-in text), or what the model takes.
         feedback (`bool`): Error feedback.
         epochs (`int`): Of reconstruction, 0 for none.
         learning_rate (`float`): Of reconstruction, in units of the RMS of what it trains.
@@ -107,7 +112,7 @@ def compress_checkpoint(
         device (`str`, *optional*): Where blocks run and matrices are clustered: "cpu", "cuda", "cuda:1"; a GPU if
             there is one.
         overwrite (`bool`): Replace `target` if it exists, and forget an unfinished run with other settings.
-        workers (`int`): Processes that make shards at once, without calibration: each takes a block at a time and its
+        workers (`int`): Processes that make shards at once, with calibration "none": each takes a block at a time and its
             share of the threads, or one of the GPUs in turn. The bytes are those of one. A script that asks for more
             than one must do so under `if __name__ == "__main__":`, because each imports it.
 
@@ -120,7 +125,7 @@ def compress_checkpoint(
         OSError: If the disk is full, or a worker was killed (ChildProcessError); the same call goes on where this one
             ended.
     """
-    _check_workers(workers, calibration)
+    _check_workers(workers, calibrated=calibration not in (AUTO, NONE))
     devices = visible_devices(device)
     started = time.perf_counter()
     config = copy.deepcopy(config)  # layout and fingerprint are written into it
@@ -130,8 +135,6 @@ def compress_checkpoint(
     if getattr(model_config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised already; compress the dense model.")
     model = empty_model(model_config, source)
-    if calibration is not None:
-        refuse_calibration(model, source)
     tokenizer = read_tokenizer(source)
     folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
     dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model))
@@ -140,10 +143,18 @@ def compress_checkpoint(
     policy = replace(config.policy, size=size)
     layers = policy.targets(model)
     settings = BlockSettings(policy, feedback, epochs, learning_rate, torch.get_num_threads())
-    given = None
-    if calibration is not None:
-        windows = calibration_windows(model, tokenizer, source, calibration, samples, seqlen)
-        given = Calibration(windows, devices[0])
+    given, reason = None, None
+    text = BUILTIN if calibration == AUTO else calibration
+    if calibration != NONE:
+        try:
+            refuse_calibration(model, source)
+            windows = calibration_windows(model, tokenizer, source, text, samples, seqlen)
+            given = Calibration(windows, _blocks(model, dense, kept, devices[0], windows))
+        except CannotCalibrate as error:
+            if calibration != AUTO:
+                raise
+            reason = error.reason
+    _check_workers(workers, calibrated=given is not None)
 
     target = os.path.abspath(target)
     job = {
@@ -190,7 +201,8 @@ def compress_checkpoint(
             "source_bytes": sum(map(dense.num_bytes, dense.shapes)),
             "seconds": result["seconds"] + journal.content.get("measured", 0.0),
             "peak_memory": peak_memory() + result["memory"],
-            "calibration": None if calibration is None else os.path.basename(calibration),
+            "calibration": None if given is None else os.path.basename(text),
+            "not_calibrated": reason,
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
@@ -242,12 +254,26 @@ def _finish(
         write_text(os.path.join(work, file_name), text)
 
 
-def _check_workers(workers: int, calibration: str | None) -> None:
+def _blocks(
+    model: Any, dense: DenseCheckpoint, dtype: torch.dtype, device: torch.device, windows: torch.Tensor
+) -> BlockModel:
+    """The dense model block by block; two sequences have shown that it can be taken apart.
+
+    On CPUs it computes in fp32, for half precision is slow there and lacks operations.
+    """
+    blocks = BlockModel(model, dense, torch.float32 if device.type == "cpu" else dtype, device)
+    with torch.no_grad():
+        for sequence in windows[[0, -1]]:
+            blocks.stem(sequence[None])
+    return blocks
+
+
+def _check_workers(workers: int, calibrated: bool) -> None:
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}.")
-    if workers > 1 and calibration is not None:
+    if workers > 1 and calibrated:
         raise ValueError(
             f"workers={workers} and calibration do not go together: each block is fitted to what the compressed ones "
             "before it hand on, so blocks come one after another, and one process uses all cores for each. Leave out "
-            "--workers, or --calibration."
+            "--workers, or give --calibration none."
         )

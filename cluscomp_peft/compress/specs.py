@@ -14,7 +14,6 @@ from ..codes import ClusterSpec
 from ..dense import weight_of
 from .budget.allocation import Demand, allocate
 from .budget.sensitivity import measure_sensitivity, with_floor
-from .calibration.blocks import BlockModel
 from .policy import CODEBOOK_DTYPES, Policy
 from .report.page import render_report
 from .stream.journal import JOURNAL, LOCK, Journal
@@ -48,8 +47,8 @@ def specs_of_run(
         sensitivity: dict[str, float] = {name: float(weight) for name, weight in weights.items()}
         if given is not None:
             enough = -(-SENSITIVITY_TOKENS // given.batches[0].numel())
-            blocks = BlockModel(model, dense, given.dtype(dtype), given.device)
-            measured = measure_sensitivity(blocks, given.fitted[:enough])
+            assert given.blocks is not None
+            measured = measure_sensitivity(given.blocks, given.fitted[:enough])
             sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
             sensitivity = with_floor(sensitivity, weights)
         demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}

@@ -160,7 +160,7 @@ def compress_calibrated(model: Model, settings: Settings) -> Job:
         largest = max(largest, feedback, solve)
     length = calibration_length(model)
     windows = torch.empty(settings.samples, length, device="meta")
-    rows = len(Calibration(windows, windows.device).batches[0])
+    rows = len(Calibration(windows).batches[0])
     use = max(model.training(settings.bits, rows, length).values(), key=lambda use: use.work, default=None)
     use = use or from_widths(model, "train", 0, rows, length)
     kept = sum(weight_of(model.linears[name]).shape[1] for name in names) * settings.samples * length * size

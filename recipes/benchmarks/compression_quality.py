@@ -109,7 +109,7 @@ def _compressed(job: Row, options: argparse.Namespace, tokenizer: Any, documents
     if method in ("data-free", "calibrated", "recovered"):
         folder = options.bases
         text = write_text(os.path.join(folder, "calibration.jsonl"), documents)
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"calibration": "none"}
         if method != "data-free":
             extra = {"calibration": text, "samples": options.samples, "seqlen": options.seqlen}
         base = target = os.path.join(folder, f"{'data-free' if method == 'data-free' else 'calibrated'}-{bits}")

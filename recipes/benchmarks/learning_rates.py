@@ -151,6 +151,7 @@ def prepare(options: argparse.Namespace, bits: set[float]) -> None:
                 options.model,
                 base_folder(options, number),
                 cluscomp_peft.ClusCompQuantizationConfig(bits=number),
+                calibration="none",
                 device=options.device,
             )
 

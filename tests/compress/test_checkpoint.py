@@ -196,7 +196,7 @@ def by_hand(source: str, target: str) -> torch.nn.Module:
 
 def held_out_loss(model, tokenizer, text: str) -> float:
     windows = token_windows(read_documents(text), tokenizer, LENGTH, max_tokens=SAMPLES * LENGTH)
-    given = Calibration(torch.cat([window for window in windows if window.shape[1] == LENGTH]), torch.device("cpu"))
+    given = Calibration(torch.cat([window for window in windows if window.shape[1] == LENGTH]))
     rows = torch.cat(given.batches[len(given.fitted) :])
     logits = logits_of(model, rows)[:, :-1].flatten(0, 1)
     return float(F.cross_entropy(logits, rows[:, 1:].flatten()))

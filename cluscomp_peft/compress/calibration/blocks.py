@@ -21,6 +21,7 @@ from torch import nn
 from ...dense import is_dense_linear, weight_of
 from ...upstream.transformers import tied_weights
 from ..stream.source import DenseCheckpoint
+from .errors import CannotCalibrate
 
 __all__ = ["BlockModel", "find_blocks"]
 
@@ -53,18 +54,20 @@ class BlockModel:
         device (`torch.device`): Where blocks run; activations are given and returned on it.
 
     Raises:
-        ValueError: If the model has no list of blocks, or the checkpoint lacks a parameter.
+        CannotCalibrate: If the model has no list of blocks, or blocks that share all their weights.
+        ValueError: If the checkpoint lacks a parameter.
     """
 
     def __init__(self, model: Any, source: DenseCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
         found = find_blocks(model)
         if found is None:
-            raise ValueError(
+            raise CannotCalibrate(
                 f"{type(model).__name__} has no list of blocks with linear layers, so calibration cannot go block by "
-                "block; compress it without --calibration."
+                "block"
             )
         self.prefix, self.blocks = found
         self.model, self.source, self.dtype, self.device = model.eval(), source, dtype, device
+        self._refuse_shared_blocks()
         self._calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in self.blocks]
         self._parts = 0  # of the tuple that blocks return, the first of which is their output; 0: the output itself
         self._outside()
@@ -74,6 +77,16 @@ class BlockModel:
 
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
+
+    def _refuse_shared_blocks(self) -> None:
+        shared = sum(
+            not any(self.source.find(f"{self.name(index)}.{name}") for name in block.state_dict())
+            for index, block in enumerate(self.blocks)
+        )
+        if shared:
+            raise CannotCalibrate(
+                f"{self.source.folder} has no weights of its own for {shared} blocks, which share those of others"
+            )
 
     def _outside(self) -> None:
         """Fills everything that is in no block."""
@@ -129,15 +142,19 @@ class BlockModel:
                 module._parameters.update(kept[name])
 
     def stem(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the first block is given for tokens [batch, length]: [batch, length, hidden]."""
+        """What the first block is given for tokens [batch, length]: [batch, length, hidden].
+
+        Raises:
+            CannotCalibrate: If blocks are not called in turn, or with arguments that depend on the text.
+        """
         # Blocks return their output, or a tuple with it first; only what the model makes of it tells.
         for self._parts in range(_MOST_PARTS + 1):
             first = self._first_input(tokens)
             if first is not None:
                 return first.to(self.dtype)
-        raise ValueError(
+        raise CannotCalibrate(
             f"{type(self.model).__name__} does something between its blocks, or does not call them in turn, so "
-            "calibration cannot go block by block; compress it without --calibration."
+            "calibration cannot go block by block"
         )
 
     def _first_input(self, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -153,9 +170,9 @@ class BlockModel:
             call = (args[1:], kwargs)
             known = self._calls[index].setdefault(batch, call)
             if not _equal(known, call):
-                raise ValueError(
+                raise CannotCalibrate(
                     f"blocks of {type(self.model).__name__} take arguments that depend on the text, which calibration "
-                    "block by block cannot give them; compress it without --calibration."
+                    "block by block cannot give them"
                 )
             if index == len(self.blocks) - 1:
                 raise _Done

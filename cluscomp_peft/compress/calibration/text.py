@@ -1,6 +1,9 @@
 """Text in, token windows out.
 
-Documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
+The package brings a text of its own, `builtin.jsonl`: 260 documents that were written for it, which anyone may use as
+the rest of the package: encyclopaedic and other prose, conversations, code, mathematics, tables, and thirty languages.
+
+Other documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
 each also compressed with xz, of which no more is read than text can unpack to. They are tokenised, joined by the
 end-of-sequence token, and cut into windows that do not overlap, so that every token is read once.
 """
@@ -17,13 +20,20 @@ from typing import IO, Any
 import torch
 from jinja2 import TemplateError
 
-__all__ = ["calibration_windows", "read_documents", "token_windows"]
+from .errors import CannotCalibrate
 
+__all__ = ["AUTO", "BUILTIN", "NONE", "calibration_windows", "read_documents", "token_windows"]
+
+AUTO, BUILTIN, NONE = "auto", "builtin", "none"  # what may stand in the place of a file
+
+_BUILTIN_PATH = os.path.join(os.path.dirname(__file__), "builtin.jsonl")
 _ROWS = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_ROWS, ".txt", ".xz")
 _TAKES_PARTS = re.compile(r"\bin\s+[\w.\[\]'\"]*\bcontent\b")  # a template that goes through parts by itself
 _HUB_CHARACTERS = 20_000_000  # of a hub data set: ten times what 128 sequences of 2048 tokens take
 _UNPACKED = 64  # times its own bytes, which is ten times what xz makes of text: more is no text
+_BUILTIN_LENGTH = 512  # tokens of a window: most of its documents are shorter
+_MOST_UNKNOWN = 0.2  # of the tokens
 _ANYWAY = 1 << 24  # characters that every compressed file may unpack to
 
 
@@ -31,7 +41,7 @@ def read_documents(path: str, tokenizer: Any = None) -> list[str]:
     """The documents of a text file, or of a data set on the hub.
 
     Args:
-        path (`str`): `.jsonl`, `.ndjson` or `.json` (a row a line) or any other name for plain text, one document;
+        path (`str`): "builtin", or `.jsonl`, `.ndjson` or `.json` (a row a line) or any other name for plain text, one document;
             `.xz` may follow, and upper case is the same. Or a hub id, owner/name, also with a configuration,
             owner/name:config: its training split.
         tokenizer (*optional*): Its chat template renders `messages`.
@@ -40,6 +50,8 @@ def read_documents(path: str, tokenizer: Any = None) -> list[str]:
         ValueError: If the file is missing, cut off or empty, unpacks to more than text does, or a row has none of the
             known fields.
     """
+    if path == BUILTIN:
+        path = _BUILTIN_PATH
     if not os.path.isfile(path):
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not path.lower().endswith(_SUFFIXES):
             return _hub_documents(path, tokenizer)
@@ -116,17 +128,19 @@ def calibration_windows(
         tokenizer: Of the model, or None. source (`str`): What errors call the model.
         path (`str`): Text, see [`read_documents`].
         samples (`int`): Sequences to take from it at most.
-        seqlen (`int`, *optional*): Tokens of a sequence; 2048, or what the model takes.
+        seqlen (`int`, *optional*): Tokens of a sequence; 2048 (512 of the built-in text), or what the model takes.
 
     Raises:
-        ValueError: If there is no tokenizer, not enough text, or a number is out of range.
+        CannotCalibrate: If there is no tokenizer, or one that does not know the text.
+        ValueError: If there is not enough text, or a number is out of range.
     """
     if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer, so calibration text cannot be read; leave out --calibration.")
+        raise CannotCalibrate(f"{source} has no tokenizer, so calibration text cannot be read")
     if samples < 1:
         raise ValueError(f"calibration needs at least one sample, got {samples}.")
     limit = getattr(model.config, "max_position_embeddings", None)
-    length = min(2048, limit or 2048) if seqlen is None else seqlen
+    usual = _BUILTIN_LENGTH if path == BUILTIN else 2048
+    length = min(usual, limit or usual) if seqlen is None else seqlen
     if limit is not None and length > limit:
         raise ValueError(f"--seqlen {length} is more than the {limit} positions of the model; give at most {limit}.")
     documents = read_documents(path, tokenizer)
@@ -138,7 +152,11 @@ def calibration_windows(
             f"{path} has {windows[0].shape[1]} tokens, fewer than one calibration sequence of {length}; give more "
             "text, or a smaller --seqlen."
         )
-    return torch.cat(whole)
+    tokens = torch.cat(whole)
+    unknown = 0.0 if tokenizer.unk_token_id is None else float((tokens == tokenizer.unk_token_id).float().mean())
+    if unknown > _MOST_UNKNOWN:
+        raise CannotCalibrate(f"the tokenizer of {source} does not know {100 * unknown:.0f} % of the text")
+    return tokens
 
 
 def _lines(file: IO[str], path: str) -> Iterator[str]:

@@ -33,15 +33,15 @@ _BATCHES = 8  # at least, where there are as many sequences: one of them is held
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tokens to compress by.
+    """Tokens to compress by, and the model that they pass through.
 
     Args:
         windows (`torch.Tensor`): [sequences, length] int64.
-        device (`torch.device`): Where.
+        blocks ([`BlockModel`], *optional*): The dense model; None where only the batches matter.
     """
 
     windows: torch.Tensor
-    device: torch.device
+    blocks: BlockModel | None = None
 
     @property
     def batches(self) -> list[torch.Tensor]:
@@ -58,10 +58,6 @@ class Calibration:
         """The batches that codes and codebooks are fitted to."""
         return self.batches[: max(1, len(self.batches) - self.held_out)]
 
-    def dtype(self, stored: torch.dtype) -> torch.dtype:
-        """To compute in: fp32 on CPUs, where half precision is slow and lacks operations."""
-        return torch.float32 if self.device.type == "cpu" else stored
-
 
 class CalibratedBlocks:
     """The blocks and the activations at their boundaries.
@@ -70,13 +66,13 @@ class CalibratedBlocks:
     finds its inputs as they were.
 
     Args:
-        model ([`BlockModel`]): The model, a block of which is in memory at a time.
         journal ([`Journal`]): Of the folder that holds the streams; says whether they are there.
-        calibration ([`Calibration`]): Tokens.
+        calibration ([`Calibration`]): Tokens, and the model, a block of which is in memory at a time.
     """
 
-    def __init__(self, model: BlockModel, journal: Journal, calibration: Calibration) -> None:
-        self.model, self.calibration = model, calibration
+    def __init__(self, journal: Journal, calibration: Calibration) -> None:
+        assert calibration.blocks is not None
+        self.model, self.calibration = calibration.blocks, calibration
         batches = calibration.batches
         self.held_out = calibration.held_out
         with torch.no_grad():

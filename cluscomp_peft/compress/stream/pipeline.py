@@ -20,7 +20,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...codes import ClusterSpec, combine_fingerprints
-from ..calibration.blocks import BlockModel, find_blocks
 from ..matrix.block import BlockSettings
 from .calibrated import CalibratedBlocks, Calibration
 from .journal import Journal
@@ -70,12 +69,8 @@ def compress_shards(
     shards = split_into_shards(model, source, specs)
     job = Job(source, journal.folder, settings, dtype)
     blocks = None
-    if calibration is not None:
-        _check_blocks(model, source, shards)
-        if "losses" not in journal.content:
-            blocks = CalibratedBlocks(
-                BlockModel(model, source, calibration.dtype(dtype), calibration.device), journal, calibration
-            )
+    if calibration is not None and "losses" not in journal.content:
+        blocks = CalibratedBlocks(journal, calibration)
     memory = 0
     total = sum(shard.weights for shard in shards)
     with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
@@ -109,18 +104,6 @@ def compress_shards(
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
     """Digest of all codes, in the order of the model's layers."""
     return combine_fingerprints(fingerprints[name] for name, _ in model.named_modules() if name in fingerprints)
-
-
-def _check_blocks(model: nn.Module, source: DenseCheckpoint, shards: list[Shard]) -> None:
-    found = find_blocks(model)
-    if found is None:
-        return  # which BlockModel says
-    empty = len(found[1]) - sum(shard.index is not None for shard in shards)
-    if empty:
-        raise ValueError(
-            f"{source.folder} has no weights of its own for {empty} blocks, which share those of others; "
-            "compress it without --calibration."
-        )
 
 
 def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: Progress) -> dict[str, Any]:
