@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model")
     evaluate.add_argument("--data", metavar="FILE", required=True, help=".jsonl or .txt, also .xz")
     evaluate.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
+    evaluate.add_argument(
+        "--teacher", metavar="DIR_OR_ID", help="model to hold it against, mostly the dense one: KL and agreement"
+    )
     evaluate.add_argument("--max-tokens", type=int, help="stop after so many tokens of the text")
     evaluate.add_argument("--seqlen", type=int, help="tokens of a window (default 2048, at most what the model takes)")
     evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
@@ -269,13 +272,24 @@ def _evaluate(options: argparse.Namespace) -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, options.adapter)
-    result = evaluate(model, windows, progress=not options.json)
+    teacher: Any = None
+    if options.teacher is not None:
+        check_folder(options.teacher)
+        refuse_evaluation(AutoConfig.from_pretrained(options.teacher), options.teacher)
+        teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=options.dtype).eval()
+    result = evaluate(model, windows, progress=not options.json, tokenizer=tokenizer, teacher=teacher)
     if options.json:
         print(json.dumps(asdict(result)))
-    else:
+        return
+    per_byte = "" if result.bits_per_byte is None else f" ({result.bits_per_byte:.3f} bits per byte)"
+    print(
+        f"loss {result.loss:.4f} nats{per_byte}, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
+        f"{result.true_bits:.3f} true bits per weight"
+    )
+    if result.kl is not None:
         print(
-            f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
-            f"{result.true_bits:.3f} true bits per weight"
+            f"KL from {_printable(options.teacher)} {result.kl:.4f} nats per token, the same likeliest token in "
+            f"{100 * result.agreement:.1f} % of places"
         )
 
 

@@ -422,7 +422,8 @@ def manual_loss(model, text: str, length: int) -> tuple[float, int]:
 def test_evaluate_is_the_mean_loss_over_windows(made, text, capsys, length):
     flags = [] if length == 64 else ["--seqlen", str(length)]  # the default is what the model takes
     result = output_of(capsys, "evaluate", made, "--data", text, *flags)
-    assert result.keys() == {"loss", "perplexity", "tokens", "true_bits"}
+    keys = {"loss", "perplexity", "tokens", "true_bits", "bits_per_byte", "kl", "agreement"}
+    assert result.keys() == keys and result["kl"] is result["agreement"] is None
     model = AutoModelForCausalLM.from_pretrained(made)
     loss, tokens = manual_loss(model, text, length)
     assert result["loss"] == pytest.approx(loss, rel=1e-6)
@@ -462,9 +463,38 @@ def test_evaluate_prints_a_line(made, text, capsys):
     result = output_of(capsys, "evaluate", made, "--data", text)
     assert main(["evaluate", made, "--data", text]) == 0
     assert capsys.readouterr().out == (
-        f"loss {result['loss']:.4f} nats, perplexity {result['perplexity']:.3f} over {result['tokens']} tokens, "
+        f"loss {result['loss']:.4f} nats ({result['bits_per_byte']:.3f} bits per byte), "
+        f"perplexity {result['perplexity']:.3f} over {result['tokens']} tokens, "
         f"{result['true_bits']:.3f} true bits per weight\n"
     )
+
+
+def test_evaluate_counts_bytes_of_text(made, tmp_path, capsys):
+    """Of the words after the first of each window, which a space separates."""
+    path = tmp_path / "words.txt"
+    path.write_text("w1 w22 w3 w44 w5 w66 w7 w88")
+    result = output_of(capsys, "evaluate", made, "--data", str(path), "--seqlen", "4")
+    windows = ["w22 w3 w44", "w66 w7 w88"]  # and the end-of-sequence token alone, which is dropped
+    size = sum(map(len, windows))
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / math.log(2) / size)
+
+
+def test_evaluate_against_a_teacher(made, dense_dir, text, capsys):
+    flags = ("--data", text, "--max-tokens", "64", "--seqlen", "32")
+    result = output_of(capsys, "evaluate", made, *flags, "--teacher", dense_dir)
+    plain = output_of(capsys, "evaluate", made, *flags)
+    assert {**result, "kl": None, "agreement": None} == plain
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    model, dense = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (made, dense_dir))
+    rows = [json.loads(line)["text"] for line in open(text)]
+    stream = [token for row in rows for token in [*tokenizer(row)["input_ids"], tokenizer.eos_token_id]]
+    q, p = (logits_of(m, torch.tensor(stream[:64]).view(2, 32))[:, :-1].softmax(-1) for m in (model, dense))
+    assert result["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert result["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    itself = output_of(capsys, "evaluate", dense_dir, *flags, "--teacher", dense_dir)
+    assert itself["agreement"] == 1 and abs(itself["kl"]) < 1e-6
+    assert main(["evaluate", made, *flags, "--teacher", dense_dir]) == 0
+    assert f"KL from {dense_dir} {result['kl']:.4f} nats per token" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_what_cannot_be_measured(tmp_path, made, text, failing):

@@ -112,9 +112,9 @@ def compress_checkpoint(
         device (`str`, *optional*): Where blocks run and matrices are clustered: "cpu", "cuda", "cuda:1"; a GPU if
             there is one.
         overwrite (`bool`): Replace `target` if it exists, and forget an unfinished run with other settings.
-        workers (`int`): Processes that make shards at once, with calibration "none": each takes a block at a time and its
-            share of the threads, or one of the GPUs in turn. The bytes are those of one. A script that asks for more
-            than one must do so under `if __name__ == "__main__":`, because each imports it.
+        workers (`int`): Processes that make shards at once, with calibration "none": each takes a block at a time and
+            its share of the threads, or one of the GPUs in turn. The bytes are those of one. A script that asks for
+            more than one must do so under `if __name__ == "__main__":`, because each imports it.
 
     Returns:
         `dict`: true_bits, relative_error, bytes, seconds, matrices, losses, and more that the report holds.
@@ -257,15 +257,17 @@ def _finish(
 def _blocks(
     model: Any, dense: DenseCheckpoint, dtype: torch.dtype, device: torch.device, windows: torch.Tensor
 ) -> BlockModel:
-    """The dense model block by block; two sequences have shown that it can be taken apart.
-
-    On CPUs it computes in fp32, for half precision is slow there and lacks operations.
-    """
-    blocks = BlockModel(model, dense, torch.float32 if device.type == "cpu" else dtype, device)
+    """The dense model block by block; two sequences have shown that it can be taken apart."""
+    blocks = BlockModel(model, dense, _dtype_on(device, dtype), device)
     with torch.no_grad():
         for sequence in windows[[0, -1]]:
             blocks.stem(sequence[None])
     return blocks
+
+
+def _dtype_on(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """To compute in: fp32 on CPUs, where half precision is slow and lacks operations."""
+    return torch.float32 if device.type == "cpu" else stored
 
 
 def _check_workers(workers: int, calibrated: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     RwkvConfig,
 )
@@ -200,6 +202,64 @@ def held_out_loss(model, tokenizer, text: str) -> float:
     rows = torch.cat(given.batches[len(given.fitted) :])
     logits = logits_of(model, rows)[:, :-1].flatten(0, 1)
     return float(F.cross_entropy(logits, rows[:, 1:].flatten()))
+
+
+# -- text to compress by
+
+
+def bytewise_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows every text: a token a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<eos>", *letters])}, []))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>", unk_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory) -> str:
+    """A dense model that can read the built-in text."""
+    folder = str(tmp_path_factory.mktemp("bytewise"))
+    tiny_llama(vocab_size=257).save_pretrained(folder)
+    bytewise_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_built_in_text_is_what_a_model_is_compressed_by(bytewise, tmp_path, capsys):
+    flags = ["--bits", "5", "--samples", "6", "--epochs", "1"]
+    for name, text in (("default", []), ("named", ["--calibration", "builtin"]), ("none", ["--calibration", "none"])):
+        assert main(["compress", bytewise, str(tmp_path / name), *flags, *text]) == 0
+        assert ("loss on held-out calibration text" in capsys.readouterr().out) is (name != "none")
+    files = {name: load_file(tmp_path / name / "model.safetensors") for name in ("default", "named", "none")}
+    assert all(torch.equal(value, files["named"][key]) for key, value in files["default"].items())
+    assert any(not torch.equal(value, files["none"].get(key, value.new())) for key, value in files["default"].items())
+    summary = report_of(str(tmp_path / "default"))["summary"]
+    assert (summary["calibration"], summary["sequences"], summary["tokens"]) == ("builtin", 6, 6 * 64)
+    assert report_of(str(tmp_path / "none"))["summary"]["calibration"] is None
+
+
+def test_a_tokenizer_that_does_not_know_the_built_in_text(dense, tmp_path, capsys):
+    """Statistics of unknown tokens would be worse than none."""
+    source, flags = dense("gpt2"), ["--bits", "5"]
+    assert main(["compress", source, str(tmp_path / "auto"), *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"without calibration text, which loses more: the tokenizer of {source} does not know 100 %" in said
+    assert main(["compress", source, str(tmp_path / "none"), *flags, "--calibration", "none"]) == 0
+    assert "which loses more" not in capsys.readouterr().out
+    name = "model.safetensors"
+    assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "none" / name).read_bytes()
+    refused(r"does not know 100 % of the text; compress it with --calibration none", tmp_path, source,
+            str(tmp_path / "out"), quick_config(), calibration="builtin")  # fmt: skip
+
+
+def test_blocks_that_text_cannot_go_through_are_clustered_without(bytewise, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluscomp_peft.compress.calibration.blocks.find_blocks", lambda model: None)
+    summary = compress_checkpoint(bytewise, str(tmp_path / "out"), quick_config())
+    assert "no list of blocks" in summary["not_calibrated"] and summary["calibration"] is None
+
+
+def test_workers_and_the_built_in_text(bytewise, dense, tmp_path):
+    refused("workers=2 and calibration do not go together", tmp_path, bytewise, str(tmp_path / "out"), quick_config(),
+            workers=2)  # fmt: skip
 
 
 # -- what is written
@@ -625,7 +685,7 @@ def test_activations_beyond_half_precision(dense, text, tmp_path, monkeypatch):
 
     source = with_tensors(dense("llama, tied"), tmp_path / "dense", raise_norms)
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "dtype", lambda self, stored: torch.float16)
+        patch.setattr(checkpoint_module, "_dtype_on", lambda device, stored: torch.float16)
         refused("NaN or infinite.*--dtype float32", tmp_path, source, str(tmp_path / "out"), quick_config(),
                 calibration=text, **QUICK)  # fmt: skip
     compress_checkpoint(source, str(tmp_path / "out"), quick_config(), calibration=text, **QUICK)
@@ -633,7 +693,7 @@ def test_activations_beyond_half_precision(dense, text, tmp_path, monkeypatch):
 
 def test_a_model_without_a_list_of_blocks(dense, text, tmp_path, monkeypatch):
     monkeypatch.setattr("cluscomp_peft.compress.calibration.blocks.find_blocks", lambda model: None)
-    refused("LlamaForCausalLM has no list of blocks.*compress it without --calibration", tmp_path,
+    refused("LlamaForCausalLM has no list of blocks.*compress it with --calibration none", tmp_path,
             dense("llama, tied"), str(tmp_path / "out"), quick_config(), calibration=text, **QUICK)  # fmt: skip
 
 

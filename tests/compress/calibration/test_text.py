@@ -57,6 +57,15 @@ def test_a_tokenizer_without_a_template_reads_messages_as_turns(tmp_path, tokeni
     assert read_documents(write(tmp_path / "rows.jsonl", jsonl(ROWS)), tokenizer) == DOCUMENTS
 
 
+def test_the_text_that_comes_with_the_package(tokenizer):
+    documents = read_documents("builtin", tokenizer)
+    assert len(documents) > 250 and sum(len(document.encode()) for document in documents) > 250_000
+    assert len({document[:60] for document in documents}) == len(documents)
+    assert sum("assistant: " in document for document in documents) > 50  # conversations
+    written = "".join(documents)
+    assert all(script in written for script in ("def ", "SELECT", "\\frac", "ß", "é", "я", "中", "の", "한", "ع", "ह"))
+
+
 PARTS = {
     "messages": [
         {"role": "user", "content": [{"type": "text", "text": "w6 "}, "w8"]},
