@@ -286,7 +286,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"loss {result.loss:.4f} nats{per_byte}, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
         f"{result.true_bits:.3f} true bits per weight"
     )
-    if result.kl is not None:
+    if result.kl is not None and result.agreement is not None:
         print(
             f"KL from {_printable(options.teacher)} {result.kl:.4f} nats per token, the same likeliest token in "
             f"{100 * result.agreement:.1f} % of places"

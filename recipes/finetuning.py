@@ -44,7 +44,7 @@ class ScriptArguments:
     scales: bool | None = field(default=None, metadata={"help": "Dense model: store per-channel scales."})
     calibration: str = field(
         default="auto",
-        metadata={"help": "Dense model: text to compress by, a file, builtin or none (default: builtin if it can be)."},
+        metadata={"help": "Dense model: text to compress by: a file, builtin, none (default: builtin)."},
     )
     rank: int = field(
         default=ClusCompConfig.rank,

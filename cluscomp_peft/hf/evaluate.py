@@ -20,10 +20,10 @@ __all__ = ["Evaluation", "evaluate", "true_bits"]
 class Evaluation:
     """What a model makes of a text.
 
-    loss: mean, in nats per predicted token. perplexity: its exponential. tokens: predicted ones. true_bits: per weight.
-    bits_per_byte: the loss in bits per byte of UTF-8, which models with different tokenizers share; None without a
-    tokenizer. kl: Kullback-Leibler divergence from the teacher to the model, mean in nats per token, and agreement:
-    the share of tokens that both hold to be the likeliest; None without a teacher.
+    loss: mean, in nats per predicted token. perplexity: its exponential. tokens: predicted ones. true_bits: per
+    weight. bits_per_byte: the loss in bits per byte of UTF-8, which models with different tokenizers share; None
+    without a tokenizer. kl: Kullback-Leibler divergence from the teacher to the model, mean in nats per token, and
+    agreement: the share of tokens that both hold to be the likeliest; None without a teacher.
     """
 
     loss: float

@@ -157,7 +157,9 @@ def test_a_model_is_compressed_as_what_it_is(kind, saved, tmp_path, capsys):
 def test_text_does_not_calibrate_what_does_not_continue_it(kind, saved, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("w1 w2 w3")
-    with pytest.raises(ValueError, match=f"{NOT_BY_TEXT[kind]}, so text cannot calibrate it; compress it with --calibration none"):
+    with pytest.raises(
+        ValueError, match=f"{NOT_BY_TEXT[kind]}, so text cannot calibrate it; compress it with --calibration none"
+    ):
         compress_checkpoint(saved(kind), str(tmp_path / "out"), settings(), calibration=str(text))
     assert os.listdir(tmp_path) == ["text.txt"]
 

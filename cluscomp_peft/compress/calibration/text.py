@@ -1,11 +1,10 @@
 """Text in, token windows out.
 
-The package brings a text of its own, `builtin.jsonl`: 260 documents that were written for it, which anyone may use as
-the rest of the package: encyclopaedic and other prose, conversations, code, mathematics, tables, and thirty languages.
-
-Other documents come from a jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file,
-each also compressed with xz, of which no more is read than text can unpack to. They are tokenised, joined by the
-end-of-sequence token, and cut into windows that do not overlap, so that every token is read once.
+The package brings a text of its own, `builtin.jsonl`: 270 documents that were written for it, under its licence:
+articles and other prose, conversations, code, mathematics, tables, and thirty languages. Other documents come from a
+jsonl file (rows with `text`, `messages`, or `prompt` and `completion`) or a plain text file, each also compressed with
+xz, of which no more is read than text can unpack to. They are tokenised, joined by the end-of-sequence token, and cut
+into windows that do not overlap, so that every token is read once.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ def read_documents(path: str, tokenizer: Any = None) -> list[str]:
     """The documents of a text file, or of a data set on the hub.
 
     Args:
-        path (`str`): "builtin", or `.jsonl`, `.ndjson` or `.json` (a row a line) or any other name for plain text, one document;
+        path (`str`): `.jsonl`, `.ndjson` or `.json` (a row a line) or any other name for plain text, one document;
             `.xz` may follow, and upper case is the same. Or a hub id, owner/name, also with a configuration,
-            owner/name:config: its training split.
+            owner/name:config: its training split. Or "builtin".
         tokenizer (*optional*): Its chat template renders `messages`.
 
     Raises:

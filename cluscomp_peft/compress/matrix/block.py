@@ -168,14 +168,22 @@ def _cluster(
     layer = settings.policy.cluster(name, dense, spec, weight=wanted, importance=importance, threads=settings.threads)
     report: dict[str, Any] = {"output_error": {"clustered": _output_error(layer, weight, hessian)}}
     if settings.feedback and hessian is not None:
-        target, scaled = wanted, hessian
+        target, scaled, output_weight = wanted, hessian, None
         if layer.scale_in is not None:
             scale_in = layer.scale_in.float()
             target, scaled = target / scale_in, scaled * scale_in[:, None] * scale_in
         if layer.scale_out is not None:
             target = target / layer.scale_out.float()[:, None]
+            output_weight = layer.scale_out.float().square()
         codes = unpack(layer.codes, spec.code_bits, num_groups(len(weight), spec.group_size)).long()
-        codes, centroids = refine_codes(target, codes, layer.codebook[0].float(), scaled, threads=settings.threads)
+        codes, centroids = refine_codes(
+            target,
+            codes,
+            layer.codebook[0].float(),
+            scaled,
+            output_weight=output_weight,
+            threads=settings.threads,
+        )
         layer.set_parameter("codes", pack(codes, spec.code_bits))
         layer.set_parameter("codebook", centroids.to(layer.codebook.dtype)[None])
         report["output_error"]["feedback"] = _output_error(layer, weight, hessian)

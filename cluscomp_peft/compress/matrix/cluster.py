@@ -2,10 +2,11 @@
 
     scales        s_in, s_out = RMS of columns and rows, in the codebook's dtype: outlier channels become small
     vectors       V = W / (s_out · s_in), cut into groups of g outputs of one input channel
-    weights       of each vector, in the sum of squares that K-means minimises: s_in[i]² · E[x_i²]
+    weights       of each vector, in the sum of squares that K-means minimises: s_in[i]² · Σ s_out[o]² · E[x_i²]
 
-A vector holds outputs of one input channel, so the error that its activation causes, E[x_i²] · |error|², is one scalar
-weight per vector: weighted K-means minimises the diagonal-Hessian error exactly, and the assignment is unchanged.
+A vector holds outputs o of one input channel i. The error that its activation causes is E[x_i²] Σ_o error_o², so
+without scale_out there is one scalar weight per vector: weighted K-means minimises the diagonal-Hessian error exactly
+and the assignment is unchanged. With scale_out the outputs of a vector count alike: by the sum of squared scales.
 """
 
 from __future__ import annotations
@@ -79,9 +80,13 @@ def cut_into_vectors(
         importance = importance.clamp_min(1e-4 * float(importance.mean()))
         channel = importance if channel is None else channel * importance
     in_features, groups = vectors.shape[:2]
+    weights = None if channel is None else channel[:, None].expand(-1, groups)
+    if scale_out is not None:
+        of_group = group(scale_out.float().square()[:, None], spec.group_size).sum(2)
+        weights = (of_group if weights is None else weights * of_group).expand(in_features, -1)
     return Vectors(
         vectors.reshape(-1, spec.group_size),
-        None if channel is None else channel.repeat_interleave(groups),
+        None if weights is None else weights.reshape(-1),
         scale_in,
         scale_out,
         in_features,

@@ -15,8 +15,9 @@ are three steps:
                           v̂_i + (H R)_i / H_ii, where R = V − V̂. They are the best codes for that channel while the
                           others stay as they are.
 
-No step raises L. All of them work on the scaled weight V = W / (s_out · s_in) with H' = s_in H s_in. Channels are
-processed in blocks: inside a block each error reaches the later channels at once, and one matrix product hands the
+All of them work on the scaled weight V = W / (s_out · s_in) with H' = s_in H s_in, where the errors of output o count
+s_out[o]² times. Coordinate descent counts the outputs of one vector alike; where they do, no step raises L. Channels
+are processed in blocks: inside a block each error reaches the later channels at once, and one matrix product hands the
 errors of a block to the channels behind it. The ClusComp paper has no such step; it leaves the correction of codes to
 the reconstruction of blocks.
 """
@@ -41,6 +42,7 @@ def refine_codes(
     codebook: torch.Tensor,
     hessian: torch.Tensor,
     *,
+    output_weight: torch.Tensor | None = None,
     sweeps: int = 3,
     solver_steps: int = 3,
     threads: int | None = None,
@@ -52,6 +54,7 @@ def refine_codes(
         codes (`torch.Tensor`): [in, groups] int64, from K-means.
         codebook (`torch.Tensor`): [n, g] fp32.
         hessian (`torch.Tensor`): H' [in, in] fp32, E[x xᵀ] times s_in on both sides.
+        output_weight (`torch.Tensor`, *optional*): [out] fp32, how much the error of an output counts: s_out².
         sweeps (`int`): Rounds of coordinate descent and least squares after the error feedback pass. On SmolLM2-135M
             at 3.1 bits a second one lowers L by 1 to 2 %, a third by another 1 %, a fourth by 0.6 %.
         solver_steps (`int`): Steps of conjugate gradients for one least-squares solve. On SmolLM2-135M the loss after
@@ -66,7 +69,10 @@ def refine_codes(
     # One row per channel, so that the vectors of a channel lie together: [in, groups · g], padded with zeros.
     vectors = group(weight, codebook.shape[1]).flatten(1)[order].contiguous()
     hessian = hessian[order]
-    problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0])
+    counts = None
+    if output_weight is not None:
+        counts = group(output_weight[:, None], codebook.shape[1]).flatten()
+    problem = _Problem(vectors, hessian[:, order].contiguous(), weight.shape[0], counts)
     del hessian
     found = codes[order]
     slope = problem.slope(codebook, found)
@@ -124,15 +130,17 @@ def _raise_diagonal(matrix: torch.Tensor, by: float, dtype: torch.dtype) -> torc
 
 
 class _Problem:
-    """V [in, groups · g], one row per channel, and H [in, in] in the same order of channels. The padding of the last
-    group does not count in the loss.
+    """V [in, groups · g], one row per channel, and H [in, in] in the same order of channels. `counts` [groups · g], if
+    given, weighs the outputs. The padding of the last group does not count in the loss.
 
     The slope H (V − V̂) [in, groups · g] belongs to a pair of codebook and codes. Each step that changes one of them
     updates the slope in place, so that the product of H with all of V − V̂ is not computed again.
     """
 
-    def __init__(self, vectors: torch.Tensor, hessian: torch.Tensor, out_features: int) -> None:
-        self.vectors, self.hessian, self.out = vectors, hessian, out_features
+    def __init__(
+        self, vectors: torch.Tensor, hessian: torch.Tensor, out_features: int, counts: torch.Tensor | None
+    ) -> None:
+        self.vectors, self.hessian, self.out, self.counts = vectors, hessian, out_features, counts
 
     def decode(self, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """V̂ [in, groups · g]; its padding is 0, as that of V is."""
@@ -144,7 +152,11 @@ class _Problem:
         return self.hessian @ (self.vectors - self.decode(codebook, codes))
 
     def loss(self, codebook: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor) -> float:
-        return float((slope * (self.vectors - self.decode(codebook, codes))).sum(dtype=torch.float64))
+        rest = self.vectors - self.decode(codebook, codes)
+        return float((slope * self._counted(rest)).sum(dtype=torch.float64))
+
+    def _counted(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix if self.counts is None else matrix * self.counts
 
     def error_feedback_pass(self, search: CentroidSearch, known: torch.Tensor) -> torch.Tensor:
         """Codes [in, groups] of one pass of error feedback over all channels.
@@ -185,14 +197,14 @@ class _Problem:
         flat = codes.flatten()
 
         def gather(matrix: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(codebook).index_add_(0, flat, matrix.view(-1, codebook.shape[1]))
+            rows = self._counted(matrix).reshape(-1, codebook.shape[1])
+            return torch.zeros_like(codebook).index_add_(0, flat, rows)
 
-        # The preconditioner of a centroid is the sum of H_ii over its vectors: the diagonal of the normal equations
-        # without what couples different channels.
-        scale = torch.zeros(len(codebook), device=codebook.device)
-        diagonal = self.hessian.diagonal().repeat_interleave(codes.shape[1])
-        scale.index_add_(0, flat, diagonal)
-        scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))[:, None]
+        # The preconditioner of a centroid's number is the sum of H_ii over its vectors, times how much the outputs
+        # count: the diagonal of the normal equations without what couples different channels.
+        diagonal = self.hessian.diagonal()[:, None].expand_as(self.vectors)
+        scale = gather(diagonal)
+        scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
         best = codebook.clone()
         residual = gather(slope)
         z = scale * residual

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cluscomp_peft.codes import ClusterSpec, num_groups, unpack
-from cluscomp_peft.compress.matrix.cluster import check_finite
+from cluscomp_peft.clustering import kmeans
+from cluscomp_peft.codes import ClusterSpec, group, num_groups, ungroup, unpack
+from cluscomp_peft.compress.matrix.cluster import check_finite, cut_into_vectors
 from cluscomp_peft.compress.policy import Policy
 from cluscomp_peft.linear import ClusteredLinear
 
@@ -86,6 +87,22 @@ def test_scaled_channels_count_by_their_size():
     flat = cluster(layer_of(weight / weight.square().mean(0).sqrt()), ClusterSpec(2, 24))
     flat.set_parameter("scale_in", weight.square().mean(0).sqrt())
     assert relative_error(weight, scaled) < 0.85 * relative_error(weight, flat)
+
+
+def test_scaled_outputs_count_by_their_size():
+    """A few large outputs carry the error of the weight; centroids have to serve them."""
+    weight = normal(64, 48)
+    weight[:4] *= 30
+    spec = ClusterSpec(2, 16, 1, False, True)
+    vectors = cut_into_vectors(weight, spec, torch.float32, None, "layer")
+    assert vectors.weights.shape == (len(vectors.vectors),)
+    expected = group(vectors.scale_out.square()[:, None], 2).sum(2).expand(48, -1).reshape(-1)
+    torch.testing.assert_close(vectors.weights, expected)
+    alike, _, _ = kmeans(vectors.vectors, 16)
+    codes = torch.cdist(vectors.vectors, alike).argmin(1)
+    plain = ungroup(alike[codes].view(48, -1, 2), 64) * vectors.scale_out[:, None]
+    error = float((weight - plain).norm() / weight.norm())
+    assert relative_error(weight, cluster(weight, spec, codebook_dtype="float32")) < 0.9 * error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

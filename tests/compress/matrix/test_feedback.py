@@ -56,12 +56,18 @@ def test_uncorrelated_inputs_leave_nothing_to_feed_back():
     assert torch.equal(refined, expected)
 
 
-def test_the_codebook_is_the_least_squares_solution_for_its_codes():
-    weight, codes, codebook, hessian = problem(out_features=12, in_features=20, clusters=8)
-    refined, centroids = refine_codes(weight, codes, codebook, hessian, sweeps=1, solver_steps=200)
+@pytest.mark.parametrize("out_features", [12, 11])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_codebook_is_the_least_squares_solution_for_its_codes(weighted, out_features):
+    weight, codes, codebook, hessian = problem(out_features=out_features, in_features=20, clusters=8)
+    counts = torch.logspace(-2, 2, out_features) if weighted else None
+    refined, centroids = refine_codes(
+        weight, codes, codebook, hessian, output_weight=counts, sweeps=1, solver_steps=200
+    )
     damped = damp(hessian).double()
     # ∂L/∂C: the slope of the loss summed over the vectors of each centroid vanishes at the optimum.
     rest = (weight - ungroup(centroids[refined], weight.shape[0])).double()
+    rest = rest if counts is None else rest * counts[:, None]
     slope = group(rest @ damped, 3).reshape(-1, 3)
     sums = torch.zeros(len(codebook), 3, dtype=torch.float64).index_add_(0, refined.flatten(), slope)
     scale = group(weight.double() @ damped, 3).abs().sum()
