@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(options: argparse.Namespace) -> None:
     from .compress.checkpoint import compress_checkpoint
+    from .compress.report.verdict import verdict
     from .hf.config import ClusCompQuantizationConfig
 
     config = ClusCompQuantizationConfig(
@@ -200,15 +201,15 @@ def _compress(options: argparse.Namespace) -> None:
     )
     print(
         f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
-        f"relative error {summary['relative_error']:.4f}, {summary['bytes'] / 1e6:.1f} MB of weight files, "
-        f"{summary['seconds']:.1f} s, peak memory {summary['peak_memory'] / 1e9:.2f} GB"
+        f"relative error {summary['relative_error']:.4f}, {summary['seconds']:.1f} s, peak memory "
+        f"{summary['peak_memory'] / 1e9:.2f} GB"
     )
-    if summary["losses"]:
-        dense, compressed = summary["losses"]["dense"], summary["losses"]["compressed"]
-        print(f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f}")
-    if summary["not_calibrated"]:
-        print(_printable(f"compressed without calibration text, which loses more: {summary['not_calibrated']}"))
-    print(_printable(summary["coverage"]))
+    lines, warnings = verdict(summary, summary["losses"], options.target)
+    for line in (*lines, summary["coverage"]):
+        print(_printable(line))
+    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    for line in warnings:
+        print(f"{red}{_printable(line)}{plain}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

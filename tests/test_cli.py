@@ -98,8 +98,8 @@ def test_compress_makes_what_loading_with_the_same_settings_does(tmp_path, dense
     target = str(tmp_path / "out")
     assert main(["compress", dense_dir, target, *flags, "--device", "cpu"]) == 0  # where loading clusters it
     line = capsys.readouterr().out
-    assert line.startswith(f"{target}: 14 matrices at ") and line.count("\n") == 2
-    assert line.splitlines()[1].startswith("linear weights: 16,128 of 19,200 clustered (84.0 %); dense: lm_head ")
+    assert line.startswith(f"{target}: 14 matrices at ") and line.count("\n") == 5
+    assert "\nlinear weights: 16,128 of 19,200 clustered (84.0 %); dense: lm_head " in line
 
     on_the_fly = AutoModelForCausalLM.from_pretrained(
         dense_dir, quantization_config=ClusCompQuantizationConfig(**settings)

@@ -198,6 +198,7 @@ def compress_checkpoint(
             "true_bits": 8 * sum(entry["bytes"] for entry in result["matrices"].values()) / weights,
             "relative_error": (sum(one for one, _ in squares) / max(sum(two for _, two in squares), 1e-30)) ** 0.5,
             "bytes": weight_bytes(work),
+            "clustered_bytes": sum(entry["bytes"] for entry in result["matrices"].values()),
             "source_bytes": sum(map(dense.num_bytes, dense.shapes)),
             "seconds": result["seconds"] + journal.content.get("measured", 0.0),
             "peak_memory": peak_memory() + result["memory"],

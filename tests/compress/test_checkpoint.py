@@ -243,6 +243,7 @@ def test_a_tokenizer_that_does_not_know_the_built_in_text(dense, tmp_path, capsy
     assert main(["compress", source, str(tmp_path / "auto"), *flags]) == 0
     said = capsys.readouterr().out
     assert f"without calibration text, which loses more: the tokenizer of {source} does not know 100 %" in said
+    assert f"not measured. This does: cluscomp evaluate {tmp_path / 'auto'} --teacher {source} --data TEXT" in said
     assert main(["compress", source, str(tmp_path / "none"), *flags, "--calibration", "none"]) == 0
     assert "which loses more" not in capsys.readouterr().out
     name = "model.safetensors"

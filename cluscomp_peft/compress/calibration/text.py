@@ -99,7 +99,7 @@ def token_windows(
         raise ValueError(f"a window needs at least 2 tokens to predict one, got seqlen={length}.")
     tokens: list[int] = []
     for document in documents:
-        tokens += tokenizer(document, add_special_tokens=False)["input_ids"]
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
         if max_tokens is not None and len(tokens) >= max_tokens:

@@ -1,0 +1,46 @@
+"""What a compression came to, in a few lines for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["A_LOT", "verdict"]
+
+A_LOT = 0.3  # nats per token above dense: a perplexity that is a third higher
+
+
+def verdict(summary: Mapping[str, Any], losses: Mapping[str, float], folder: str) -> tuple[list[str], list[str]]:
+    """Lines about sizes and losses, and lines that warn.
+
+    Args:
+        summary: Of the report.
+        losses: Of the dense and the compressed model on held-out calibration text; empty where not measured.
+        folder (`str`): What was written.
+    """
+    dense_bytes = summary["bytes"] - summary["clustered_bytes"]
+    lines = [
+        f"weight files {summary['source_bytes'] / 1e6:.1f} → {summary['bytes'] / 1e6:.1f} MB, of which "
+        f"{dense_bytes / 1e6:.1f} MB are embeddings and whatever else stays dense"
+    ]
+    warnings = []
+    if losses:
+        dense, compressed = losses["dense"], losses["compressed"]
+        lines.append(
+            f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f} (perplexity "
+            f"{math.exp(min(compressed, 700)):.2f}, dense {math.exp(min(dense, 700)):.2f})"
+        )
+        if compressed - dense > A_LOT:
+            warnings.append(
+                f"The model lost {compressed - dense:.2f} nats, which its answers will show. More bits lose less, and "
+                "recipes/recover.py trains the codebooks to speak like the dense model again."
+            )
+    else:
+        warnings.append(
+            "What the model lost was not measured. This does: "
+            f"cluscomp evaluate {folder} --teacher {summary['source']} --data TEXT"
+        )
+    if summary["not_calibrated"]:
+        warnings.append(f"Compressed without calibration text, which loses more: {summary['not_calibrated']}.")
+    return lines, warnings

@@ -1,0 +1,34 @@
+"""The lines in which a compression ends."""
+
+from __future__ import annotations
+
+from cluscomp_peft.compress.report.verdict import A_LOT, verdict
+
+SUMMARY = {
+    "source": "dense",
+    "source_bytes": 269e6,
+    "bytes": 98.25e6,
+    "clustered_bytes": 41.15e6,
+    "not_calibrated": None,
+}
+
+
+def test_sizes_and_losses():
+    lines, warnings = verdict(SUMMARY, {"dense": 2.0, "compressed": 2.1}, "out")
+    assert lines == [
+        "weight files 269.0 → 98.2 MB, of which 57.1 MB are embeddings and whatever else stays dense",
+        "loss on held-out calibration text: 2.1000 nats per token, dense 2.0000 (perplexity 8.17, dense 7.39)",
+    ]
+    assert not warnings
+
+
+def test_a_model_that_lost_a_lot():
+    (warning,) = verdict(SUMMARY, {"dense": 2.0, "compressed": 2.01 + A_LOT}, "out")[1]
+    assert warning.startswith("The model lost 0.31 nats") and "recover.py" in warning
+
+
+def test_what_was_not_measured():
+    lines, warnings = verdict({**SUMMARY, "not_calibrated": "the tokenizer is missing"}, {}, "out")
+    assert len(lines) == 1
+    assert warnings[0].endswith("cluscomp evaluate out --teacher dense --data TEXT")
+    assert warnings[1].endswith("which loses more: the tokenizer is missing.")
