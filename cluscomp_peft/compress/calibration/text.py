@@ -147,6 +147,8 @@ def calibration_windows(
     windows = token_windows(documents, tokenizer, length, max_tokens=samples * length, vocab_size=vocabulary)
     whole = [window for window in windows if window.shape[1] == length]
     if not whole:
+        if path == BUILTIN and seqlen is None:
+            raise CannotCalibrate(f"the tokenizer of {source} finds {windows[0].shape[1]} tokens in the built-in text")
         raise ValueError(
             f"{path} has {windows[0].shape[1]} tokens, fewer than one calibration sequence of {length}; give more "
             "text, or a smaller --seqlen."
