@@ -20,6 +20,7 @@ from .clustered_weight import ClusteredWeight
 from .codes import ClusterSpec
 from .deltas import Delta, in_absolute_units
 from .dense import is_dense_linear
+from .experts import fused_stacks
 from .offloading import offload_on_error, stored
 from .upstream.accelerate import offload_hook
 from .upstream.peft import original_of
@@ -134,13 +135,16 @@ class ClusteredLinear(ClusteredWeight):
 
 
 def dense_bits(model: nn.Module) -> tuple[int, int]:
-    """(bytes, weights) of the linear layers of a model: clustered ones as they are stored, dense ones at their dtype.
+    """(bytes, weights) of the linear layers and experts of a model: clustered ones as they are stored, dense ones at
+    their dtype.
 
     The output head counts only where it is clustered: published bits per weight leave it out where it stays dense.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = original_of(head) or head
-    total_bytes = weights = 0
+    fused = [stack.module._parameters[stack.key] for stack in fused_stacks(model)]
+    weights = sum(parameter.numel() for parameter in fused)  # type: ignore[union-attr]
+    total_bytes = sum(parameter.nbytes for parameter in fused)  # type: ignore[union-attr]
     pending = [model]
     while pending:
         module = pending.pop()

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from .._version import __version__
 from ..codes import ClusterSpec
+from ..experts import unfuse
 from ..layout import summarize
 from ..upstream.transformers import renaming_of
 from .architecture import (
@@ -137,10 +138,13 @@ def compress_checkpoint(
     model = empty_model(model_config, source)
     tokenizer = read_tokenizer(source)
     folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=["*.safetensors", "*.json"])
-    dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model))
+    dense = DenseCheckpoint(folder, model.base_model_prefix, renaming_of(model), model)
+    unfuse(model, dense.unread)
     check_generation_config(folder)
     kept = stored_dtype(dtype, model_config, dense)
     policy = replace(config.policy, size=size)
+    if policy.target_modules is None:
+        _refuse_unread(dense)
     layers = policy.targets(model)
     settings = BlockSettings(policy, feedback, epochs, learning_rate, torch.get_num_threads())
     given, reason = None, None
@@ -269,6 +273,15 @@ def _blocks(
 def _dtype_on(device: torch.device, stored: torch.dtype) -> torch.dtype:
     """To compute in: fp32 on CPUs, where half precision is slow and lacks operations."""
     return torch.float32 if device.type == "cpu" else stored
+
+
+def _refuse_unread(dense: DenseCheckpoint) -> None:
+    """Raises a ValueError if experts of the source cannot be read one by one."""
+    for name, reason in dense.unread.items():
+        raise ValueError(
+            f"the experts {name} of {dense.folder} cannot be clustered: {reason}. Save the model in bfloat16 with "
+            "transformers first, or name the linear layers to cluster in target_modules, which leaves experts dense."
+        )
 
 
 def _check_workers(workers: int, calibrated: bool) -> None:

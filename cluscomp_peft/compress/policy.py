@@ -10,6 +10,7 @@ coverage(model)     how much that is, and what stays dense     cluster(name, lay
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -23,7 +24,13 @@ from ..dense import weight_of
 from ..linear import ClusteredLinear
 from .budget.allocation import choose_spec
 from .budget.coverage import coverage_line
-from .budget.targets import default_targets, dense_linears, linear_weights, refuse_linears_of_their_own
+from .budget.targets import (
+    default_targets,
+    dense_linears,
+    linear_weights,
+    refuse_linears_of_their_own,
+    refuse_some_experts,
+)
 from .matrix.cluster import cut_into_vectors
 
 __all__ = ["CODEBOOK_DTYPES", "DEFAULT_BITS", "DTYPE_IN_MEMORY", "DTYPE_ON_DISK", "Policy"]
@@ -55,8 +62,8 @@ class Policy:
             each weight.
         quality (`str`): Of K-means: "fast", "default" or "best".
         seed (`int`): Of K-means.
-        target_modules (`tuple[str]`, *optional*): Names, or ends of names, of the layers to cluster. None: every
-            linear layer inside the blocks.
+        target_modules (`tuple[str]`, *optional*): Names, or ends of names, of the layers to cluster, or of parameters
+            that hold the experts of a mixture. None: every linear layer and expert inside the blocks.
         exclude_modules (`tuple[str]`): Names, or ends of names, of layers to leave dense.
         cap_clusters (`bool`): Where `num_clusters` is more than the groups of a matrix, take as many as there are
             groups, which loses nothing, instead of refusing the matrix.
@@ -109,7 +116,8 @@ class Policy:
         """The layers of a dense model to cluster, by name, in its order.
 
         Raises:
-            ValueError: If no layer matches, a name in `target_modules` matches none, or experts are fused.
+            ValueError: If no layer matches, a name in `target_modules` matches none, experts are fused, or only some
+                of those in one parameter are named.
         """
         if self.target_modules is None:
             refuse_linears_of_their_own(model)
@@ -123,6 +131,7 @@ class Policy:
         chosen = {name: layer for name, layer in chosen.items() if not _matches(name, self.exclude_modules)}
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layer left to cluster; check exclude_modules.")
+        refuse_some_experts(model, chosen)
         return chosen
 
     def coverage(self, model: nn.Module, names: Collection[str]) -> str:
@@ -237,4 +246,6 @@ def _unmatched(model: nn.Module, target: str) -> str:
 
 
 def _matches(name: str, targets: Collection[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    # Of experts.3.down_proj also by the name of the parameter that holds all of them, experts.down_proj.
+    spellings = {name, re.sub(r"\.\d+(?=\.[^.]+$)", "", name)}
+    return any(one == target or one.endswith(f".{target}") for target in targets for one in spellings)

@@ -78,7 +78,8 @@ def specs_of_run(
 
 def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
     """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
-    clustered = {dense.weight_key(name) for name in layers}
+    keys = [dense.weight_key(name) for name in layers]
+    clustered = {held for key in keys if key is not None for held in dense.keys_of(key)}
     total = 0
     for key, shape in dense.shapes.items():
         itemsize = dtype.itemsize if dense.dtypes[key].is_floating_point else dense.dtypes[key].itemsize

@@ -5,6 +5,9 @@ compressed      the linear layers that the layout names become empty `ClusteredL
 on the fly      each dense weight is clustered as soon as it is read, by the same call as in `cluscomp compress`, and
                 its layer is replaced. As many are clustered at once as there are cores and `TOGETHER` allows; the
                 result does not depend on how many
+
+Experts that the model keeps in one parameter are taken apart: at once where they are clustered already, and on the fly
+when the loader has put the parameter together.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
+from ..expert_weights import layer_name
+from ..experts import ExpertStack, fuse, unfuse, unfuse_stack
 from ..layout import summarize
 from ..linear import ClusteredLinear
 from ..offloading import hooks_of
@@ -46,6 +51,8 @@ class ClusCompHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ClusCompQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._specs: dict[str, ClusterSpec] = {}
+        # Parameters of experts to be clustered on the fly, by name.
+        self._stacks: dict[str, ExpertStack] = {}
         # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
         self.report: dict[str, dict[str, float]] = {}
         self._progress: tqdm | None = None
@@ -71,11 +78,16 @@ class ClusCompHfQuantizer(HfQuantizer):
         """
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        name = param_name.rpartition(".")[0]
-        out_features, in_features = weight_of(model.get_submodule(name)).shape
-        return self._specs[name].num_bytes(in_features, out_features, self.quantization_config.dtype.itemsize) / (
-            param.numel()
-        )
+        itemsize = self.quantization_config.dtype.itemsize
+        stack = self._stacks.get(param_name)
+        if stack is not None:
+            out_features, in_features = stack.shape[:0:-1] if stack.transposed else stack.shape[1:]
+            specs = [self._specs[layer_name(param_name, index)] for index in range(stack.shape[0])]
+        else:
+            name = param_name.rpartition(".")[0]
+            out_features, in_features = weight_of(model.get_submodule(name)).shape
+            specs = [self._specs[name]]
+        return sum(spec.num_bytes(in_features, out_features, itemsize) for spec in specs) / param.numel()
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Keeps a tenth free for K-means on the fly; loading what is compressed needs nothing beside it."""
@@ -85,11 +97,15 @@ class ClusCompHfQuantizer(HfQuantizer):
         config = self.quantization_config
         refuse_tensor_parallel(model)
         if not self.pre_quantized:
+            stacks = unfuse(model)
             self._specs = config.policy.specs(model)
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
+            self._stacks = {stack.name: stack for stack in stacks if layer_name(stack.name, 0) in self._specs}
+            fuse(model)  # the loader knows the parameter
             # disable=None: silent where nobody watches a terminal
             self._progress = tqdm(total=total, desc="Clustering", unit="weight", unit_scale=True, disable=None)
             return model
+        unfuse(model)
         self._specs = stored_specs(model, config)
         layers = {name: model.get_submodule(name) for name in self._specs}
         check_tensors(kwargs.get("checkpoint_files") or [], config, layers, self._specs, model.base_model_prefix)
@@ -108,6 +124,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             if _stays_fp32(model, name, dense.weight.dtype):
                 clustered.weight_dtype = torch.float32
             model.set_submodule(name, clustered)
+        fuse(model)  # experts that stayed dense
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -152,10 +169,18 @@ class ClusCompHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         name, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == "weight" and name in self._specs
+        clustered = (key == "weight" and name in self._specs) or param_name in self._stacks
+        return not self.pre_quantized and clustered
 
     def get_quantize_ops(self) -> ConversionOps:
         return ClusterOnLoad(self)
+
+    def take_apart(self, name: str) -> ExpertStack | None:
+        """Takes a parameter of experts apart, which is loaded; None if it is that of a layer."""
+        stack = self._stacks.get(name)
+        if stack is not None:
+            unfuse_stack(stack)
+        return stack
 
     def submit(self, model: nn.Module, name: str, dense: nn.Module) -> None:
         """Clusters a dense layer beside others; waits for the oldest of them where there are enough."""
@@ -215,10 +240,13 @@ class ClusCompHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         refuse_adapters(name for name, _ in clustered_linears(model))
+        if isinstance(dtype, str):  # as the config of a model that was saved has it
+            dtype = getattr(torch, dtype)
         for name, module in list(clustered_linears(model)):
             model.set_submodule(name, module.to_dense(dtype or model.dtype))
+        fuse(model)
         return model
 
     def _record(self, model: nn.Module) -> None:
@@ -256,15 +284,20 @@ class ClusterOnLoad(ConversionOps):
         assert model is not None
         (key, value), *_ = input_dict.items()
         value = value[0] if isinstance(value, list) else value
-        name = key.rpartition(".")[0]
-        dense = model.get_submodule(name)
+        owner, _, leaf = key.rpartition(".")
         if missing_keys is not None:
             missing_keys.discard(key)
         if self.hf_quantizer.failure is None:
             weight = nn.Parameter(value, requires_grad=False)
             mark_loaded(weight)  # or transformers fills it anew
-            dense._parameters["weight"] = weight
-            self.hf_quantizer.submit(model, name, dense)
+            model.get_submodule(owner)._parameters[leaf] = weight
+            names = [owner]
+            stack = self.hf_quantizer.take_apart(key)
+            if stack is not None:
+                names = [layer_name(key, index) for index in range(len(value))]
+            del value, weight, input_dict
+            for name in names:
+                self.hf_quantizer.submit(model, name, model.get_submodule(name))
         return {}
 
 

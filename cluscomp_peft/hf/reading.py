@@ -18,6 +18,7 @@ from ..compress.architecture import empty_model
 from ..compress.report.record import read_report
 from ..compress.stream.headers import check_folder, read_headers, weight_bytes, weight_files
 from ..dense import is_dense_linear, weight_shape
+from ..experts import unfuse
 from ..layout import expand
 from ..upstream.transformers import renaming_of
 from .config import ClusCompQuantizationConfig
@@ -63,6 +64,7 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     headers = read_headers(weight_files(folder))
     del config.quantization_config  # the plain model has the names and shapes
     model = empty_model(config, path)
+    unfuse(model)
     rename = renaming_of(model)  # checkpoints keep the names that a class had when they were made
     headers = {rename(key): header for key, header in headers.items()}
     layers = dict(model.named_modules())
@@ -99,7 +101,8 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
 
 
 def stored_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
-    """Which linear layers of a dense model a compressed checkpoint has in codes, and how each is stored.
+    """Which linear layers of a dense model a compressed checkpoint has in codes, and how each is stored; experts are
+    some once they are taken apart.
 
     Raises:
         ValueError: If there are none.

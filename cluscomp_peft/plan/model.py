@@ -18,6 +18,7 @@ from ..compress.calibration.blocks import find_blocks
 from ..compress.policy import DEFAULT_BITS
 from ..compress.stream.headers import check_folder
 from ..dense import weight_of
+from ..experts import unfuse
 from ..hf.config import ClusCompQuantizationConfig
 from ..hf.reading import stored_specs
 from ..linear import ClusteredLinear
@@ -111,6 +112,7 @@ class Model:
         self.settings, self.dtype = settings, DTYPES[settings.dtype]
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        unfuse(self.model)
         self.model.requires_grad_(False)
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())

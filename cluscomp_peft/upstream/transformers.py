@@ -7,7 +7,8 @@ The models of transformers take seconds to import, so nothing here imports them 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +22,26 @@ __all__ = [
     "QUANTIZER_METHODS",
     "TRAINER_METHODS",
     "ConversionOps",
+    "apply_gate",
     "build_from_config",
     "causal_class_name",
+    "convert",
+    "follow_implementation",
     "forget_adapters",
+    "has_implementations",
     "is_loaded",
     "keep_columns",
     "kept_in_fp32",
     "mark_loaded",
     "quantizer_of",
+    "register_experts",
     "register_format",
     "renaming_of",
+    "sources_of",
     "tensor_parallel_size",
     "tied_weights",
     "tokens_are_counted",
+    "use_implementation",
 ]
 
 # The module that has the registry of formats. We register when it has been imported; if the registry moves, that comes
@@ -96,12 +104,12 @@ def register_format(method: str, config: type, quantizer: type) -> None:
         register_quantizer(method)(quantizer)
 
 
-def mark_loaded(parameter: torch.Tensor) -> None:
-    """Says that a parameter has its numbers: `parameter._is_hf_initialized`.
+def mark_loaded(parameter: Any) -> None:
+    """Says that a parameter, or what stands in its place, has its numbers: `parameter._is_hf_initialized`.
 
     If transformers notes it elsewhere, it fills clustered layers with random numbers after clustering them.
     """
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter._is_hf_initialized = True
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
@@ -179,6 +187,116 @@ def renaming_of(model: Any) -> Callable[[str], str]:
         return key
 
     return rename
+
+
+def sources_of(model: Any, keys: Iterable[str]) -> dict[str, tuple[Any, dict[str, list[str]]]]:
+    """From which tensors of a checkpoint the loader makes each parameter of a model.
+
+    Touches `get_model_conversion_mapping` with its `WeightRenaming`s and `WeightConverter`s, `rename_source_key` and
+    `dot_natural_key`. If they work otherwise, experts are not found in their checkpoints.
+
+    Args:
+        model: The model as its class makes it.
+        keys: Of the checkpoint.
+
+    Returns:
+        Name of a parameter to the converter that makes it (None: it is as stored), and the keys that this takes, in
+        order, by the converter's pattern that they match.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    state = model.state_dict()
+    found: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        if name in state:
+            entry = found.setdefault(name, (None if pattern is None else by_pattern[pattern], {}))
+            entry[1].setdefault(pattern or key, []).append(key)
+    return found
+
+
+def convert(
+    converter: Any, name: str, parts: Mapping[str, Sequence[torch.Tensor]], shape: Sequence[int], config: Any
+) -> torch.Tensor:
+    """What a converter of [`sources_of`] makes of tensors by pattern: `WeightConverter.convert`, which asks the model
+    for the shape that the parameter `name` shall have.
+
+    If it works otherwise, experts are not read from their checkpoints.
+    """
+    converter = copy.deepcopy(converter)
+    for pattern, tensors in parts.items():
+        for tensor in tensors:
+            converter.add_tensor(name, name, pattern, tensor)
+    model = SimpleNamespace(get_parameter=lambda name: torch.empty(tuple(shape), device="meta"))
+    made = converter.convert(name, model=model, config=config)
+    if set(made) != {name}:
+        raise ValueError(f"{name} is not all that is made of its tensors, but {', '.join(sorted(made))}")
+    value = made[name]
+    return value[0] if isinstance(value, list) else value
+
+
+def has_implementations(module: Any) -> bool:
+    """Whether a module's class of experts is one of those with `use_experts_implementation`, which leaves
+    `is_transposed`, `has_gate`, `has_bias`, `has_post_expert_norm`, `config` and `_apply_gate` on it.
+
+    If it notes them elsewhere, experts of most families cannot be clustered.
+    """
+    noted = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config", "_apply_gate")
+    return all(hasattr(module, name) for name in noted)
+
+
+def apply_gate(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    """The gate of experts [tokens, 2 · inner] to [tokens, inner]: `module._apply_gate`.
+
+    If it is called otherwise, models with clustered experts do not run.
+    """
+    return module._apply_gate(gate_up)
+
+
+def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:
+    """Makes an implementation of experts known: `ALL_EXPERTS_FUNCTIONS`, called as `forward(module, hidden_states,
+    top_k_index, top_k_weights)`.
+
+    If the registry works otherwise, models with clustered experts do not run.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, forward)
+
+
+def use_implementation(module: Any, name: str) -> None:
+    """Makes the experts of one module run by an implementation, whatever the model is set to: a module looks it up by
+    `module.config._experts_implementation`.
+
+    If it is looked up elsewhere, models with clustered experts do not run.
+    """
+    if not isinstance(module.config, _Pinned):
+        module.config = _Pinned(module.config, name)
+
+
+def follow_implementation(module: Any) -> None:
+    """Undoes [`use_implementation`]."""
+    if isinstance(module.config, _Pinned):
+        module.config = module.config.config
+
+
+class _Pinned:
+    """A config of which one answer is another."""
+
+    def __init__(self, config: Any, implementation: str) -> None:
+        self.config, self._experts_implementation = config, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "config":  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.config, name)
 
 
 def quantizer_of(model: nn.Module) -> Any:

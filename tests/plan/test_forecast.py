@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cluscomp_peft.cli import main
@@ -251,8 +251,6 @@ def test_a_compressed_model_has_its_own_bits(compressed_dir, failing, capsys):
 
 
 def test_models_that_cannot_be_clustered_are_refused(tmp_path, failing):
-    experts = Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    assert "fused experts" in failing(saved(tmp_path / "experts", experts))
     config = LlamaConfig(**SMALL, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantised already, by gptq" in failing(saved(tmp_path / "gptq", config))
 

@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp_peft.upstream import transformers as room
 from cluscomp_peft.upstream.accelerate import offload_hook
 from tests.conftest import tiny_llama
+from tests.mixtures import tiny_mixture
 from tests.upstream.contract import contract
 
 METHOD = "cluscomp_contract"
@@ -328,6 +329,58 @@ def test_stored_names_are_renamed_to_those_of_the_model(tmp_path):
     stored, rename = load_file(tmp_path / "model.safetensors"), room.renaming_of(model)
     assert "embed_out.weight" in stored
     assert {rename(key) for key in stored} == {name for name, _ in model.named_parameters()}
+
+
+@contract(room, "sources_of", "convert")
+def test_experts_are_made_of_what_a_checkpoint_holds(tmp_path):
+    for family in ("mixtral", "gpt_oss"):
+        model = tiny_mixture(family)
+        model.save_pretrained(tmp_path / family)
+        stored = load_file(tmp_path / family / "model.safetensors")
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        converter, parts = room.sources_of(model, stored)[name]
+        whole = model.get_parameter(name)
+        if converter is None:
+            assert parts == {name: [name]} and family == "gpt_oss"
+            continue
+        place = "model.layers.1.block_sparse_moe.experts"
+        assert list(parts.values()) == [
+            [f"{place}.{index}.{key}.weight" for index in range(4)] for key in ("w1", "w3")
+        ]
+        own = {pattern: [stored[keys[2]]] for pattern, keys in parts.items()}
+        made = room.convert(converter, name, own, (1, *whole.shape[1:]), model.config)
+        assert torch.equal(made, whole[2:3])
+
+
+@contract(room, "has_implementations", "apply_gate")
+def test_classes_of_experts_say_how_they_compute():
+    mixtral, gpt_oss = (tiny_mixture(family).model.layers[0].mlp.experts for family in ("mixtral", "gpt_oss"))
+    assert room.has_implementations(mixtral) and not room.has_implementations(tiny_llama().model.layers[0].mlp)
+    assert (mixtral.is_transposed, mixtral.has_gate, mixtral.has_bias) == (False, True, False)
+    assert (gpt_oss.is_transposed, gpt_oss.has_gate, gpt_oss.has_bias) == (True, True, True)
+    assert not mixtral.has_post_expert_norm and not tiny_mixture("nemotron_h").model.layers[1].mixer.experts.has_gate
+    x = torch.randn(3, 80)
+    assert torch.equal(room.apply_gate(mixtral, x), mixtral.act_fn(x[:, :40]) * x[:, 40:])
+
+
+@contract(room, "register_experts", "use_implementation", "follow_implementation")
+def test_an_implementation_of_experts_is_used_in_one_module(tokens):
+    model = tiny_mixture("mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    calls = []
+
+    def forward(module, hidden_states, top_k_index, top_k_weights):
+        calls.append((module, hidden_states.shape, top_k_index.shape, top_k_weights.shape))
+        return torch.zeros_like(hidden_states)
+
+    room.register_experts("cluscomp_contract", forward)
+    room.use_implementation(first, "cluscomp_contract")
+    assert first.config.hidden_size == second.config.hidden_size
+    model(tokens)
+    assert calls == [(first, (20, 32), (20, 2), (20, 2))]
+    room.follow_implementation(first)
+    model(tokens)
+    assert len(calls) == 1 and first.config is second.config
 
 
 @contract(room, "forget_adapters")

@@ -1,22 +1,24 @@
 """Which layers of a model are clustered unless the user says otherwise: the linear layers inside its blocks.
 
 Layers are found by what they are and where they stand, never by a model family's names. What would be skipped silently
-is refused by name: since version 5 transformers fuses the experts of a mixture into 3-D parameters, 90 % of such a
-model's weights, and a tool that looks for linear layers alone would leave them dense and call the model compressed.
+is refused by name: transformers keeps the experts of a mixture in 3-D parameters, 90 % of such a model's weights, and
+a tool that looks for linear layers alone would leave them dense and call the model compressed. Here a model comes
+with its experts taken apart into linear layers (`experts.py`), and parameters that could not be are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from ...dense import is_dense_linear
+from ...dense import is_dense_linear, weight_shape
+from ...expert_weights import layer_name
+from ...experts import expert_modules, fused_stacks, stacks_apart
 from ...linear import ClusteredLinear
 from ...upstream.transformers import tied_weights
 from .called import computed_with
@@ -28,9 +30,11 @@ __all__ = [
     "linear_weights",
     "refuse_fused_experts",
     "refuse_linears_of_their_own",
+    "refuse_some_experts",
 ]
 
 _EXPERTS, _OUTSIDE = "fused experts", "outside the blocks"
+_ROUTES = "routes tokens to experts"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(output), id(getattr(output, "base_layer", output))}
     computed = computed_with(model)
+    routers = _routers(model)
+    stacks = {stack.name for stack in fused_stacks(model)}
     found: list[LinearWeight] = []
     seen: set[int | str] = set()
     for name, module in model.named_modules():
@@ -88,11 +94,13 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
                 reason = "shares its weight with another module"
             elif name.removesuffix(".base_layer") in computed:
                 reason = computed[name.removesuffix(".base_layer")]
+            elif name.removesuffix(".base_layer") in routers:
+                reason = _ROUTES
             elif blocks and not name.startswith(blocks):
                 reason = _OUTSIDE
             found.append(LinearWeight(name, module, size, reason))
         else:
-            found += _stacks(model, name, module)
+            found += _three_dimensional(name, module, stacks)
     # A model without linear layers in lists of blocks has them elsewhere.
     if not any(weight.reason is None for weight in found):
         found = [replace(weight, reason=None) if weight.reason == _OUTSIDE else weight for weight in found]
@@ -131,38 +139,50 @@ def refuse_fused_experts(model: nn.Module) -> None:
     if fused:
         shown = ", ".join(fused[:3]) + (f" and {len(fused) - 3} more" if len(fused) > 3 else "")
         raise ValueError(
-            f"the model has fused experts, which cannot be clustered yet: {shown}. Name the linear layers to cluster "
-            "in target_modules (attention, shared experts) to leave the fused experts dense."
+            f"the model has fused experts that cannot be taken apart: {shown}. Either nothing says how a matrix lies "
+            "in them, or they are offloaded or spread over processes. Name the linear layers to cluster in "
+            "target_modules (attention, shared experts) to leave the fused experts dense."
         )
 
 
-def _stacks(model: nn.Module, name: str, module: nn.Module) -> list[LinearWeight]:
-    """Matrices that are stacked in 3-D parameters: experts, or gates of several heads."""
+def refuse_some_experts(model: nn.Module, chosen: Collection[str]) -> None:
+    """Raises a ValueError if only some of the experts that transformers keeps in one parameter are to be clustered."""
+    for name, weights in stacks_apart(model):
+        layers = [layer_name(name, index) for index in range(len(weights))]
+        left = [layer for layer in layers if layer not in chosen]
+        if left and len(left) < len(layers):
+            raise ValueError(
+                f"{left[0]} would stay dense and other experts of {name} not, but transformers keeps them in one "
+                "parameter; name all of them or none."
+            )
+
+
+def _three_dimensional(name: str, module: nn.Module, stacks: set[str]) -> list[LinearWeight]:
+    """Matrices that are stacked in 3-D parameters: experts that are not taken apart, or gates of several heads."""
     if isinstance(module, (_ConvNd, ParametrizationList)):
         return []
-    counts = _expert_counts(getattr(model, "config", None))
     found = []
     for key, parameter in module._parameters.items():
         if parameter is None or parameter.ndim != 3 or parameter.shape[0] < 2 or key == "codebook":
             continue
         full = f"{name}.{key}" if name else key
-        named = "expert" in f"{full}.{type(module).__name__}".lower()
-        # Without a config nothing says that they are something else.
-        experts = named or parameter.shape[0] in counts or not hasattr(model, "config")
-        reason = _EXPERTS if experts else "a 3-D parameter of no linear layer"
+        reason = _EXPERTS if full in stacks else "a 3-D parameter of no linear layer"
         found.append(LinearWeight(full, module, parameter.numel(), reason, layer=False))
     return found
 
 
-def _expert_counts(config: Any) -> set[int]:
-    """The numbers of experts that a config names, in itself or in the configs inside it."""
-    counts: set[int] = set()
-    for key, value in vars(config).items() if config is not None else ():
-        if key.endswith("experts") and type(value) is int:
-            counts.add(value)
-        elif key.endswith("_config") and hasattr(value, "__dict__"):
-            counts |= _expert_counts(value)
-    return counts
+def _routers(model: nn.Module) -> set[str]:
+    """Names of the layers beside experts that say which of them a token goes to, or how much a shared one counts."""
+    found = set()
+    for holder, experts in expert_modules(model).items():
+        beside = holder.rpartition(".")[0]
+        for name, module in model.get_submodule(beside).named_modules():
+            full = f"{beside}.{name}" if beside else name
+            called_so = "router" in name or "gate" in name
+            if called_so and is_dense_linear(module) and not full.startswith(f"{holder}."):
+                if weight_shape(module)[0] in (1, experts):
+                    found.add(full.removesuffix(".base_layer"))
+    return found
 
 
 def refuse_linears_of_their_own(model: nn.Module) -> None:

@@ -115,9 +115,9 @@ class BlockModel:
                 f"{self.source.folder} lacks {name}; it is incomplete, or stores this model under other names: load "
                 "it once with from_pretrained and save it with save_pretrained()."
             )
-        if self.source.shapes[key] != tuple(parameter.shape):
+        if self.source.shape(key) != tuple(parameter.shape):
             raise ValueError(
-                f"{key} of {self.source.folder} has the shape {self.source.shapes[key]}, the model wants "
+                f"{key} of {self.source.folder} has the shape {self.source.shape(key)}, the model wants "
                 f"{tuple(parameter.shape)}; config.json belongs to another model."
             )
         return nn.Parameter(self.source.read(key, self.dtype).to(self.device), requires_grad=False)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
+from .assembled import Assembly, assemblies_of
 from .headers import read_header
 
 __all__ = ["PARTS", "DenseCheckpoint"]
@@ -39,15 +41,25 @@ class DenseCheckpoint:
         prefix (`str`): The model's `base_model_prefix`; checkpoints have names with and without it.
         rename (`Callable`, *optional*): What a key of the checkpoint is called in the model; see
             `upstream.transformers.renaming_of`.
+        model (`nn.Module`, *optional*): As its class makes it. Experts that it keeps in one parameter are found one by
+            one then, under the names that they have when it is taken apart.
 
     Attributes:
         shapes: key → shape of every tensor. dtypes: key → dtype.
+        assemblies: name of an expert's weight → how it is read. It is a key like others, but not in `shapes`.
+        unread: name of a parameter whose experts cannot be read → reason.
 
     Raises:
         ValueError: If there is no safetensors file, or one is missing or damaged.
     """
 
-    def __init__(self, folder: str, prefix: str = "", rename: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        prefix: str = "",
+        rename: Callable[[str], str] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         self.folder, self.prefix = folder, prefix
         self._files: dict[str, str] = {}
         self._begins: dict[str, int] = {}
@@ -65,6 +77,11 @@ class DenseCheckpoint:
         self._begun = self.state()
         self._renamed = {} if rename is None else {rename(key): key for key in self._files}
         self._renamed_parts = {} if rename is None else self._parts_renamed(rename)
+        self.assemblies: dict[str, Assembly] = {}
+        self.unread: dict[str, str] = {}
+        if model is not None:
+            known = {key: (self.dtypes[key], shape) for key, shape in self.shapes.items()}
+            self.assemblies, self.unread = assemblies_of(model, known)
 
     def _paths(self) -> list[str]:
         # In transformers' order: hubs hold the weights of some models a second time, under other names.
@@ -97,12 +114,21 @@ class DenseCheckpoint:
         return None
 
     def find(self, name: str) -> str | None:
-        """As [`key`], also where loading renames it."""
-        return self.key(name) or self._renamed.get(name)
+        """As [`key`], also where loading renames it, and of an expert that other tensors hold its own name."""
+        return self.key(name) or self._renamed.get(name) or (name if name in self.assemblies else None)
 
     def weight_key(self, layer: str) -> str | None:
         """The key of a layer's weight, if codes that are stored in its place under that name are found again."""
-        return self.key(f"{layer}.weight") or self._renamed_parts.get(layer)
+        weight = f"{layer}.weight"
+        return self.key(weight) or self._renamed_parts.get(layer) or (weight if weight in self.assemblies else None)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, or of an expert's weight."""
+        return self.assemblies[key].shape if key in self.assemblies else self.shapes[key]
+
+    def keys_of(self, key: str) -> list[str]:
+        """Of the tensors that hold a weight: its own, or what it is made of."""
+        return self.assemblies[key].keys if key in self.assemblies else [key]
 
     def _parts_renamed(self, rename: Callable[[str], str]) -> dict[str, str]:
         """Layer → key of its weight, where a renaming takes what a clustered layer stores to the same layer."""
@@ -118,20 +144,26 @@ class DenseCheckpoint:
         return torch.Size(self.shapes[key]).numel() * self.dtypes[key].itemsize
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor; floating-point ones in `dtype`."""
-        path, tensor = self._files[key], torch.empty(self.shapes[key], dtype=self.dtypes[key])
+        """A tensor, or an expert's weight; floating-point ones in `dtype`."""
+        tensor = self.assemblies[key].read(self._read) if key in self.assemblies else self._read(key)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def _read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """A tensor as it is stored, or [1, …] of it."""
+        shape = self.shapes[key] if row is None else (1, *self.shapes[key][1:])
+        path, tensor = self._files[key], torch.empty(shape, dtype=self.dtypes[key])
         # Read, not mapped: what a mapping has touched is in memory beside its copy.
         data = tensor.view(-1).view(torch.uint8).numpy()
         try:
             with open(path, "rb") as file:
-                file.seek(self._begins[key])
+                file.seek(self._begins[key] + (row or 0) * len(data))
                 if file.readinto(data) != len(data):
                     raise EOFError(f"{key} ends early")
         except OSError as error:
             raise _unreadable(path, error) from error
         except EOFError as error:
             raise ValueError(f"{path} is damaged or cut off ({error}); download the model again.") from error
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        return tensor
 
     def state(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every file: another state is another model."""

@@ -83,13 +83,14 @@ def split_into_shards(model: nn.Module, source: DenseCheckpoint, specs: dict[str
         for index, block in enumerate(blocks):
             for name in block.state_dict():
                 key = source.find(f"{prefix}.{index}.{name}")
-                if key is not None:
-                    owners[key] = index
+                for held in [] if key is None else [key, *source.keys_of(key)]:
+                    owners[held] = index
+    matrices = [_matrix(model, source, name, spec) for name, spec in specs.items()]
     count = 0 if found is None else len(found[1])
     parts: dict[int | None, list[list[str]]] = {number: [[]] for number in range(count)}
     rest: list[list[str]] = []
     size = _SHARD_BYTES
-    for key in source.shapes:
+    for key in _written(source, matrices):
         if key in owners:
             parts[owners[key]][0].append(key)
             continue
@@ -100,20 +101,31 @@ def split_into_shards(model: nn.Module, source: DenseCheckpoint, specs: dict[str
         size += source.num_bytes(key)
     parts[None] = rest
     pieces = [(owner, keys) for owner, lists in parts.items() for keys in lists if keys]
-    matrices = [_matrix(model, source, name, spec) for name, spec in specs.items()]
     shards = []
     for number, (owner, keys) in enumerate(pieces):
-        held = set(keys)
+        present = set(keys)
         shards.append(
             Shard(
                 file=f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors",
                 keys=keys,
-                matrices=[matrix for matrix in matrices if matrix.key in held],
+                matrices=[matrix for matrix in matrices if matrix.key in present],
                 index=owner,
                 block=None if owner is None or found is None else f"{found[0]}.{owner}",
             )
         )
     return shards
+
+
+def _written(source: DenseCheckpoint, matrices: list[Matrix]) -> list[str]:
+    """The keys that go into shards, in the order of the source: an expert that is clustered takes the place of the
+    tensors that it is made of."""
+    experts: dict[str, list[str]] = {}
+    for matrix in matrices:
+        if matrix.key in source.assemblies:
+            first, *others = source.keys_of(matrix.key)
+            experts.setdefault(first, []).append(matrix.key)
+            experts.update((other, experts.get(other, [])) for other in others)
+    return [name for key in source.shapes for name in experts.get(key, [key])]
 
 
 def read_matrix(source: DenseCheckpoint, matrix: Matrix) -> torch.Tensor:
