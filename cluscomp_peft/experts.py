@@ -15,7 +15,7 @@ Either way an expert without tokens is not touched, and no more than one matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import nn
 from .dense import is_dense_linear
 from .expert_weights import Expert, ExpertWeights, layer_name
 from .offloading import hooks_of
-from .placement import is_sharded
+from .placement import is_sharded, shape_of
 from .upstream.transformers import (
     apply_gate,
     follow_implementation,
@@ -75,7 +75,7 @@ class ExpertStack:
     @property
     def shape(self) -> torch.Size:
         """[E, out, in], or [E, in, out] where it is transposed."""
-        return self.module._parameters[self.key].shape  # type: ignore[union-attr]
+        return shape_of(self.module._parameters[self.key])  # type: ignore[arg-type]
 
 
 def fused_stacks(model: nn.Module) -> list[ExpertStack]:
@@ -88,10 +88,11 @@ def fused_stacks(model: nn.Module) -> list[ExpertStack]:
     found = []
     for owner, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim != 3 or parameter.shape[0] < 2 or key == "codebook":
+            shape = torch.Size(()) if parameter is None else shape_of(parameter)
+            if len(shape) != 3 or shape[0] < 2 or key == "codebook":
                 continue
             named = "expert" in f"{owner}.{key}.{type(module).__name__}".lower()
-            if named or has_implementations(module) or counts is None or parameter.shape[0] in counts:
+            if named or has_implementations(module) or counts is None or shape[0] in counts:
                 found.append(ExpertStack(owner, key, module, _transposed(module, key)))
     return found
 
@@ -128,11 +129,9 @@ def unfuse(model: nn.Module, skip: Collection[str] = ()) -> list[ExpertStack]:
     Returns:
         The stacks that were taken apart.
     """
-    if not any(True for _ in _candidates(model)):
-        return []
-    offloaded = {id(module) for module, _ in hooks_of(model)}
-    done = []
-    for stack in fused_stacks(model):
+    stacks, done = fused_stacks(model), []
+    offloaded = {id(module) for module, _ in hooks_of(model)} if stacks else set()
+    for stack in stacks:
         parameter = stack.module._parameters[stack.key]
         away = id(stack.module) in offloaded or is_sharded(parameter)  # type: ignore[arg-type]
         if stack.transposed is not None and stack.name not in skip and not away:
@@ -269,10 +268,6 @@ def _run_expert(module: Any, index: int, expert: nn.Module, x: torch.Tensor) -> 
     return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
-def _candidates(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if parameter.ndim == 3 and parameter.shape[0] > 1)
-
-
 def _counts_of(config: Any) -> set[int]:
     """The numbers of experts that a config names, in itself or in the configs inside it."""
     counts: set[int] = set()
@@ -293,7 +288,7 @@ def _transposed(module: Any, key: str) -> bool | None:
     if has_implementations(module):
         up = "gate_up_proj" if module.has_gate else "up_proj"
         return module.is_transposed if key in (up, "down_proj") else None
-    shapes = {name: tuple(value.shape[1:]) for name, value in module._parameters.items() if value is not None}
+    shapes = {name: tuple(shape_of(value)[1:]) for name, value in module._parameters.items() if value is not None}
     up, down = shapes.get("gate_up_proj"), shapes.get("down_proj")  # type: ignore[assignment]
     if key in ("gate_up_proj", "down_proj") and up and down:
         lying = {False: (2 * down[1], down[0]), True: (down[1], 2 * down[0])}

@@ -58,6 +58,9 @@ class ClusCompConfig(PeftConfig):
         target_modules (`list[str]` or `str`, *optional*): As in every PEFT method: a list of (ends of) names, a
             regular expression, or "all-linear". None and "all-linear": every clustered layer of a compressed
             checkpoint, every linear layer but the output head of a dense model.
+        target_parameters (`list[str]`, *optional*): Names, or ends of names, of parameters that hold the matrices of
+            all experts of a mixture (`mlp.experts.down_proj`): those are adapted beside `target_modules`, or alone
+            where these are None. The adapter is saved with their layers (`experts.3.down_proj`) in target_modules.
         exclude_modules (`list[str]` or `str`, *optional*): Layers to leave as they are.
         layers_to_transform (`list[int]` or `int`, *optional*): Only layers with these indices.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where it is not a usual one.
@@ -139,8 +142,9 @@ class ClusCompConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too, or the same by embedding layer."}
     )
-    # PEFT reads this of every config.
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names or ends of names of parameters that hold experts, which are adapted."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,10 +177,10 @@ class ClusCompConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which says which of those layers to adapt.")
-        if self.target_parameters:
+        if self.target_parameters and is_regex:
             raise ValueError(
-                f"ClusComp adapts linear layers only, not target_parameters={self.target_parameters!r}; train other "
-                "modules whole through modules_to_save."
+                f"target_parameters={self.target_parameters!r} are added to a list of target_modules, not to the "
+                "regular expression; name the experts' layers in it, as in experts.3.down_proj."
             )
         tokens = self.trainable_token_indices
         by_layer = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}

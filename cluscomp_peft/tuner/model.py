@@ -25,6 +25,7 @@ from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
 from ..deltas import sum_deltas
+from ..experts import fuse, unfuse
 from ..layout import expand
 from ..linear import ClusteredLinear
 from ..offloading import execution_device, restore_hooks
@@ -41,7 +42,7 @@ from .loading import adapted_layers, prepare_tensors
 from .merging import all_or_nothing, check_merging, set_merged, tuner_layers
 from .planning import check_layers, spec_of
 from .saving import check_saved, code_digests, complete_tensors, read_facts
-from .targets import default_targets, matched_layers
+from .targets import default_targets, expert_targets, matched_layers
 from .units import count_blocks
 
 __all__ = ["ClusCompModel"]
@@ -99,6 +100,7 @@ class ClusCompModel(BaseTuner):
         try:
             if config.is_saved:  # a further adapter that is made from the model's config starts anew
                 self.peft_config[adapter_name] = config.without_facts()
+            unfuse(model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             for parent, name, layer in reversed(injection.replaced):
@@ -112,6 +114,7 @@ class ClusCompModel(BaseTuner):
             raise
         finally:
             self._injection = Injection()
+            fuse(model)  # experts without an adapter
         if injection.saved is not None:
             layers = [layer for _, layer in adapted_layers(model, adapter_name)]
             arrival = Arrival(adapter_name, injection.saved, layers)
@@ -127,7 +130,13 @@ class ClusCompModel(BaseTuner):
         peft_config.check()
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
+            only_experts = targets is None and peft_config.target_parameters
+            chosen = set() if only_experts else default_targets(self.model, peft_config)
+            peft_config.target_modules = chosen  # type: ignore[assignment]
+        if peft_config.target_parameters:
+            experts = expert_targets(self.model, peft_config.target_parameters)
+            peft_config.target_modules = {*peft_config.target_modules, *experts}  # type: ignore[assignment,misc]
+            peft_config.target_parameters = None  # PEFT would look for the parameters
         layers = matched_layers(self.model, peft_config)
         injection = self._injection
         injection.trained_blocks = count_blocks(layers)
@@ -234,7 +243,7 @@ class ClusCompModel(BaseTuner):
         merged = {layer: list(layer.merged_adapters) for layer in tuner_layers(self.model)}
         injection = self._injection = Injection()
         try:
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         except BaseException:
             for parent, name, layer in reversed(injection.replaced):
                 setattr(parent, name, layer)
@@ -243,6 +252,8 @@ class ClusCompModel(BaseTuner):
             raise
         finally:
             self._injection = Injection()
+        fuse(model)
+        return model
 
     # -- several adapters
 

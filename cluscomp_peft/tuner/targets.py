@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..compress.budget import targets as dense_targets
 from ..compress.budget.called import computed_with, handed_to_kernels
+from ..expert_weights import layer_name
+from ..experts import stacks_apart
 from ..linear import ClusteredLinear
 from ..upstream.peft import matches
 from .config import ClusCompConfig
 from .layer import ClusCompLayer
 
-__all__ = ["default_targets", "matched_layers"]
+__all__ = ["default_targets", "expert_targets", "matched_layers"]
 
 
 def default_targets(model: nn.Module, config: ClusCompConfig) -> set[str]:
@@ -37,6 +40,27 @@ def default_targets(model: nn.Module, config: ClusCompConfig) -> set[str]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt; name some in target_modules.")
     return layers if config.layers_to_transform is None else _chosen_by_index(layers, config)
+
+
+def expert_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of the layers of all experts in parameters that are called, or end, like one of `names`.
+
+    Raises:
+        ValueError: If a name is that of no such parameter.
+    """
+    stacks = dict(stacks_apart(model))
+    found = set()
+    for wanted in names:
+        matched = [name for name in stacks if name == wanted or name.endswith(f".{wanted}")]
+        if not matched:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in stacks})) or "none"
+            raise ValueError(
+                f"target_parameters names {wanted!r}, which is no parameter of experts that can be taken apart "
+                f"(there are: {known}). Linear layers are named in target_modules; train other modules whole through "
+                "modules_to_save."
+            )
+        found |= {layer_name(name, index) for name in matched for index in range(len(stacks[name]))}
+    return found
 
 
 def matched_layers(model: nn.Module, config: ClusCompConfig) -> dict[str, nn.Module]:

@@ -236,7 +236,7 @@ def test_settings_out_of_range(settings, message):
         ({"delta_scale": 0.0}, "delta_scale"),
         ({"target_modules": "a.*", "layers_to_transform": [1]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
-        ({"target_parameters": ["weight"]}, "target_parameters"),
+        ({"target_parameters": ["weight"], "target_modules": "a.*"}, "target_parameters"),
     ],
 )
 def test_adapter_settings_out_of_range(settings, message):

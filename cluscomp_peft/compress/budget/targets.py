@@ -8,9 +8,11 @@ with its experts taken apart into linear layers (`experts.py`), and parameters t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -20,6 +22,7 @@ from ...dense import is_dense_linear, weight_shape
 from ...expert_weights import layer_name
 from ...experts import expert_modules, fused_stacks, stacks_apart
 from ...linear import ClusteredLinear
+from ...placement import shape_of
 from ...upstream.transformers import tied_weights
 from .called import computed_with
 
@@ -132,7 +135,7 @@ def default_targets(model: nn.Module) -> dict[str, nn.Module]:
 def refuse_fused_experts(model: nn.Module) -> None:
     """Raises a ValueError that names fused 3-D expert parameters, if the model has any."""
     fused = [
-        f"{weight.name} {tuple(weight.module.get_parameter(weight.name.rpartition('.')[2]).shape)}"
+        f"{weight.name} {tuple(shape_of(weight.module.get_parameter(weight.name.rpartition('.')[2])))}"
         for weight in linear_weights(model)
         if weight.reason == _EXPERTS
     ]
@@ -163,11 +166,12 @@ def _three_dimensional(name: str, module: nn.Module, stacks: set[str]) -> list[L
         return []
     found = []
     for key, parameter in module._parameters.items():
-        if parameter is None or parameter.ndim != 3 or parameter.shape[0] < 2 or key == "codebook":
+        shape = torch.Size(()) if parameter is None else shape_of(parameter)
+        if len(shape) != 3 or shape[0] < 2 or key == "codebook":
             continue
         full = f"{name}.{key}" if name else key
         reason = _EXPERTS if full in stacks else "a 3-D parameter of no linear layer"
-        found.append(LinearWeight(full, module, parameter.numel(), reason, layer=False))
+        found.append(LinearWeight(full, module, math.prod(shape), reason, layer=False))
     return found
 
 

@@ -120,7 +120,9 @@ def test_fused_experts_are_refused_by_name():
     model = Model()
     model.blocks[1].experts = nn.Module()
     model.blocks[1].experts.gate_up = nn.Parameter(torch.zeros(8, 4, 6))
-    with pytest.raises(ValueError, match=r"blocks\.1\.experts\.gate_up \(8, 4, 6\)\. Either nothing says.*target_modules"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.experts\.gate_up \(8, 4, 6\)\. Either nothing says.*target_modules"
+    ):
         refuse_fused_experts(model)
 
 
