@@ -97,7 +97,7 @@ def test_every_way_to_a_clustered_mixture_is_the_same(family, saved, tmp_path, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(again, tokens), expected)
 
-    report = compress_checkpoint(source, str(tmp_path / "out"), config())
+    report = compress_checkpoint(source, str(tmp_path / "out"), config(), calibration="none")
     compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(compressed, tokens), expected)
     found = [model.config.quantization_config for model in (on_the_fly, again, compressed)]
@@ -120,7 +120,7 @@ def test_every_way_to_a_clustered_mixture_is_the_same(family, saved, tmp_path, t
 @pytest.mark.slow
 def test_workers_make_the_same_bytes(saved, tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
-        compress_checkpoint(saved("gpt_oss"), str(tmp_path / name), config(), workers=workers)
+        compress_checkpoint(saved("gpt_oss"), str(tmp_path / name), config(), calibration="none", workers=workers)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert "model.layers.1.mlp.experts.3.gate_up_proj.codes" in one
@@ -131,7 +131,7 @@ def test_workers_make_the_same_bytes(saved, tmp_path):
 
 def test_bits_are_counted_over_all_experts(saved, tmp_path):
     source = saved("mixtral")
-    report = compress_checkpoint(source, str(tmp_path / "out"), ClusCompQuantizationConfig(bits=6))
+    report = compress_checkpoint(source, str(tmp_path / "out"), ClusCompQuantizationConfig(bits=6), calibration="none")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     stored, weights = dense_bits(model)
     dense = AutoModelForCausalLM.from_pretrained(source)
@@ -183,12 +183,12 @@ def test_experts_that_are_named_otherwise_stay_in_their_parameter(saved, tmp_pat
 
 
 def compressed(source: str, target, quantization: ClusCompQuantizationConfig):
-    compress_checkpoint(source, str(target), quantization)
+    compress_checkpoint(source, str(target), quantization, calibration="none")
     return AutoModelForCausalLM.from_pretrained(target)
 
 
 def test_the_command_line_knows_experts(saved, tmp_path, capsys):
-    assert main(["compress", saved("qwen2_moe"), str(tmp_path / "out"), "--bits", "6"]) in (0, None)
+    assert main(["compress", saved("qwen2_moe"), str(tmp_path / "out"), "--bits", "6", "--calibration", "none"]) in (0, None)
     assert "shared_expert_gate 0.2 % (routes tokens to experts)" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out")]) in (0, None)
     assert "experts.3.gate_up_proj" in capsys.readouterr().out
