@@ -33,7 +33,7 @@ from .budget.targets import (
 )
 from .matrix.cluster import cut_into_vectors
 
-__all__ = ["CODEBOOK_DTYPES", "DEFAULT_BITS", "DTYPE_IN_MEMORY", "DTYPE_ON_DISK", "Policy"]
+__all__ = ["CODEBOOK_DTYPES", "DEFAULT_BITS", "DTYPE_IN_MEMORY", "DTYPE_ON_DISK", "WITHOUT_TEXT", "Policy"]
 
 DEFAULT_BITS = 4.0
 CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,6 +44,12 @@ CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float3
 # dtype of the weight that it replaces, so that a cast of the whole model or a merge finds what it expects.
 DTYPE_ON_DISK = "float16"
 DTYPE_IN_MEMORY = "auto"
+
+# What is said wherever a dense model is clustered in memory, matrix by matrix.
+WITHOUT_TEXT = (
+    "clustered without calibration text, which loses more than `cluscomp compress` does at the same bits: compress "
+    "the model with it first where quality matters"
+)
 
 
 @dataclass(frozen=True)

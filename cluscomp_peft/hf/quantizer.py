@@ -12,6 +12,8 @@ when the loader has put the parameter together.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from ..codes import ClusterSpec, combine_fingerprints
+from ..compress.policy import WITHOUT_TEXT
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
 from ..expert_weights import layer_name
@@ -142,6 +145,8 @@ class ClusCompHfQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self._collect(model, 0)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(WITHOUT_TEXT, file=sys.stderr)
             if self._progress is not None:
                 self._progress.close()
             self._progress = None  # a model that is copied or pickled does not take it with it

@@ -24,7 +24,9 @@ from torch import nn
 from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.budget.coverage import coverage_line
+from ..compress.policy import WITHOUT_TEXT
 from ..deltas import sum_deltas
+from ..dense import is_dense_linear
 from ..experts import fuse, unfuse
 from ..layout import expand
 from ..linear import ClusteredLinear
@@ -123,6 +125,8 @@ class ClusCompModel(BaseTuner):
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
             reasons = {**computed_with(model), **handed_to_kernels(model)}
+            if config.base == "clustered" and any(is_dense_linear(layer) for *_, layer in injection.replaced):
+                print(WITHOUT_TEXT, file=sys.stderr)
             print(coverage_line(model, names, reasons=reasons, done="adapted", rest="not adapted"), file=sys.stderr)
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
