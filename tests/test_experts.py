@@ -188,7 +188,8 @@ def compressed(source: str, target, quantization: ClusCompQuantizationConfig):
 
 
 def test_the_command_line_knows_experts(saved, tmp_path, capsys):
-    assert main(["compress", saved("qwen2_moe"), str(tmp_path / "out"), "--bits", "6", "--calibration", "none"]) in (0, None)
+    flags = ["--bits", "6", "--calibration", "none"]
+    assert main(["compress", saved("qwen2_moe"), str(tmp_path / "out"), *flags]) in (0, None)
     assert "shared_expert_gate 0.2 % (routes tokens to experts)" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out")]) in (0, None)
     assert "experts.3.gate_up_proj" in capsys.readouterr().out

@@ -22,13 +22,20 @@ __all__ = ["Arrival"]
 
 
 class Arrival:
-    """Shared by the layers of an adapter, in the order of the model, until its weights are in."""
+    """Shared by the layers of an adapter until its weights are in."""
 
-    def __init__(self, adapter_name: str, saved: ClusCompConfig, layers: Sequence[LoadingLayer]) -> None:
-        self.adapter_name, self.layers = adapter_name, list(layers)
+    def __init__(self, adapter_name: str, saved: ClusCompConfig) -> None:
+        self.adapter_name = adapter_name
         self.codes = saved.fingerprint
         self.codebooks = saved.codebook_fingerprint if saved.carries_codes else None
+        self.layers: list[LoadingLayer] = []
         self._checked = False
+
+    def expected_by(self, layers: Sequence[LoadingLayer]) -> None:
+        """All layers of the adapter, in the order of the model."""
+        self.layers = list(layers)
+        for layer in layers:
+            layer.loading[self.adapter_name].arrival = self
 
     def check(self) -> None:
         """Holds the digests against the layers; only once.

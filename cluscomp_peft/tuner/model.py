@@ -10,8 +10,6 @@ touches one, and puts the tuner layers in place.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..codes import ClusterSpec
-from ..compress.budget.called import computed_with, handed_to_kernels
-from ..compress.budget.coverage import coverage_line
-from ..compress.policy import WITHOUT_TEXT
 from ..deltas import sum_deltas
-from ..dense import is_dense_linear
 from ..experts import fuse, unfuse
 from ..layout import expand
 from ..linear import ClusteredLinear
@@ -34,6 +28,7 @@ from ..offloading import execution_device, restore_hooks
 from ..placement import is_partitioned
 from ..upstream.peft import hide_device_map, show_device_map
 from ..upstream.transformers import forget_adapters, quantizer_of
+from .announcement import announce
 from .arrival import Arrival
 from .clustered_layer import ClusCompLinear
 from .clustering import Codes, cluster_layers, empty_layer
@@ -119,15 +114,9 @@ class ClusCompModel(BaseTuner):
             fuse(model)  # experts without an adapter
         if injection.saved is not None:
             layers = [layer for _, layer in adapted_layers(model, adapter_name)]
-            arrival = Arrival(adapter_name, injection.saved, layers)
-            for layer in layers:
-                layer.loading[adapter_name].arrival = arrival
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            names = {name.removesuffix(".base_layer") for name in self.targeted_module_names}
-            reasons = {**computed_with(model), **handed_to_kernels(model)}
-            if config.base == "clustered" and any(is_dense_linear(layer) for *_, layer in injection.replaced):
-                print(WITHOUT_TEXT, file=sys.stderr)
-            print(coverage_line(model, names, reasons=reasons, done="adapted", rest="not adapted"), file=sys.stderr)
+            Arrival(adapter_name, injection.saved).expected_by(layers)
+        else:
+            announce(model, config, self.targeted_module_names, [layer for *_, layer in injection.replaced])
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
