@@ -213,6 +213,9 @@ def compress_checkpoint(
             "dtype": dtype,
             "coverage": policy.coverage(model, layers),
         }
+        pooled = [name for name, entry in result["matrices"].items() if entry.get("pooled")]
+        if pooled:  # experts that too few tokens reached
+            summary["pooled"] = pooled
         model_config.dtype = kept
         _finish(work, os.path.basename(target), folder, model, model_config, config, specs, result, summary)
         check_target(source, target, overwrite)  # which may have been filled meanwhile

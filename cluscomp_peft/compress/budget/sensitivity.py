@@ -11,6 +11,8 @@ so a matrix that is stored with the relative squared error D costs sensitivity Â
 That holds for small errors only. Attention that is sure of itself has no slope, so the queries behind it seem to cost
 nothing, and given next to no bits they ruin the model; [`with_floor`] keeps every matrix above a tenth of the mean.
 
+An expert of a mixture costs that for the tokens that reach it, a share of all.
+
 Inputs of all blocks are kept for the few sequences that this takes, then the blocks are passed in reverse.
 """
 
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...dense import is_dense_linear, weight_of
+from ...expert_weights import Expert
 from ..calibration.blocks import BlockModel
 
 __all__ = ["measure_sensitivity", "with_floor"]
@@ -57,6 +60,7 @@ def measure_sensitivity(model: BlockModel, windows: Sequence[torch.Tensor]) -> d
                 hidden = [model.run(index, part) for part in hidden]
     slopes = [_tail_slope(model, tokens, part) for tokens, part in zip(windows, hidden, strict=True)]
     result: dict[str, float] = {}
+    passed = sum(tokens.numel() for tokens in windows)
     for index in reversed(range(len(model))):
         with model.loaded(index) as block:
             pass_back = _Observed(block)
@@ -67,7 +71,7 @@ def measure_sensitivity(model: BlockModel, windows: Sequence[torch.Tensor]) -> d
                 output.backward(slopes[number].to(output.dtype))
                 assert part.grad is not None
                 slopes[number] = part.grad
-            for name, value in pass_back.close().items():
+            for name, value in pass_back.close(passed).items():
                 if not math.isfinite(value):
                     raise ValueError(_NOT_FINITE.format(f"slope at {model.name(index)}.{name}"))
                 result[f"{model.name(index)}.{name}"] = value
@@ -104,6 +108,8 @@ class _Observed:
 
     def __init__(self, block: nn.Module) -> None:
         self._layers = {name: layer for name, layer in block.named_modules() if is_dense_linear(layer)}
+        experts = [f"{name}." for name, module in block.named_modules() if isinstance(module, Expert)]
+        self._of_experts = {name for name in self._layers if name.startswith(tuple(experts))}
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._tokens = dict.fromkeys(self._layers, 0)
         self._handles = [
@@ -115,7 +121,8 @@ class _Observed:
         if not output.requires_grad:
             return
         x = x.detach().flatten(0, -2).float()
-        self._tokens[name] += len(x)
+        # Some models hand all tokens to every expert, most of them as zeros.
+        self._tokens[name] += int((x != 0).any(1).sum()) if name in self._of_experts else len(x)
         self._add(name, 0, x)
         output.register_hook(lambda slope: self._add(name, 1, slope.detach().flatten(0, -2).float()))
 
@@ -123,7 +130,8 @@ class _Observed:
         sums = self._sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
         sums[which] = sums[which].to(values.device) + values.double().square().sum(0)
 
-    def close(self) -> dict[str, float]:
+    def close(self, passed: int) -> dict[str, float]:
+        """Sensitivities by name, where the block was given `passed` tokens."""
         for handle in self._handles:
             handle.remove()
         result = {}
@@ -131,4 +139,6 @@ class _Observed:
             tokens = max(1, self._tokens[name])
             energy = weight_of(self._layers[name]).detach().double().square()
             result[name] = 0.5 * float(((slopes / tokens) @ energy) @ (inputs / tokens))
+            if name in self._of_experts:
+                result[name] *= tokens / passed
         return result

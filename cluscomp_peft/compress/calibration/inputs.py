@@ -3,23 +3,36 @@
 The dense block runs once, for its output is the target of the block: on the way the inputs of its layers are kept, in
 the room that there is. The compressed block has to run once for each group of layers that read the same input, because
 what a group is given depends on the groups before it; no run goes on behind the group in question.
+
+The experts of a mixture read different inputs, but none depends on another, so all matrices of a kind are one group
+that is watched in one run. Which tokens an expert is given may differ between the two blocks: their inputs are
+compared for the tokens that both send there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ...expert_weights import Expert
+from ...upstream.transformers import has_implementations
 from .blocks import BlockModel
 
-__all__ = ["KEPT_BYTES", "BlockInputs", "Moments"]
+__all__ = ["KEPT_BYTES", "BlockInputs", "Moments", "Rows"]
 
 KEPT_BYTES = 1 << 28  # of inputs of the dense block; what does not fit is computed again
 _PANELS, _PANEL = 4, 128  # parts of x̂ᵀ x̂, and channels of one at least
+
+
+class Rows(NamedTuple):
+    """What an expert is given in a batch: values [rows, in] fp32, and tokens [rows] int64, None if it is not known."""
+
+    values: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 class Moments:
@@ -33,6 +46,30 @@ class Moments:
 
     def add(self, dense: torch.Tensor, compressed: torch.Tensor) -> None:
         """Inputs [tokens, in] fp32 of the dense and the compressed layer."""
+        self._add_hessian(compressed)
+        if dense.shape != compressed.shape:
+            self.unlike = True
+        if not self.unlike:
+            self._add_drift(dense, compressed)
+
+    def add_rows(self, dense: Rows | None, compressed: Rows) -> None:
+        """Inputs of an expert; tokens that the dense block sends elsewhere count as if it gave them the same."""
+        self._add_hessian(compressed.values)
+        if compressed.tokens is None or (dense is not None and dense.tokens is None):
+            self.unlike = True
+        elif dense is not None and dense.tokens is not None and len(dense.tokens) and len(compressed.tokens):
+            places = torch.full((int(max(dense.tokens.max(), compressed.tokens.max())) + 1,), -1)
+            places[dense.tokens] = torch.arange(len(dense.tokens))
+            found = places[compressed.tokens]
+            self._add_drift(dense.values[found[found >= 0]], compressed.values[found >= 0])
+
+    def pool(self, other: Moments) -> None:
+        """Takes the inputs of another expert as well."""
+        if other.hessian is not None:
+            self.hessian = other.hessian.clone() if self.hessian is None else self.hessian.add_(other.hessian)
+            self.tokens += other.tokens
+
+    def _add_hessian(self, compressed: torch.Tensor) -> None:
         width = compressed.shape[1]
         if self.hessian is None:
             self.hessian = compressed.new_zeros(width, width)
@@ -42,12 +79,11 @@ class Moments:
             part = slice(start, start + step)
             self.hessian[start:, part].addmm_(compressed[:, start:].t(), compressed[:, part])
         self.tokens += len(compressed)
-        if dense.shape != compressed.shape:
-            self.unlike = True  # experts: routing may send other tokens
-        if not self.unlike:
-            if self.drift is None:
-                self.drift = compressed.new_zeros(width, width)
-            self.drift.addmm_((dense - compressed).t(), compressed)
+
+    def _add_drift(self, dense: torch.Tensor, compressed: torch.Tensor) -> None:
+        if self.drift is None:
+            self.drift = compressed.new_zeros(compressed.shape[1], compressed.shape[1])
+        self.drift.addmm_((dense - compressed).t(), compressed)
 
     def means(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ], [in, in] fp32; None where nothing was seen, or other tokens."""
@@ -81,6 +117,8 @@ class BlockInputs:
         self._calls: dict[str, int | None] = {}  # of each layer in a pass; None if it depends on the batch
         self._kept: dict[tuple[str, int], list[torch.Tensor]] = {}
         self._room = KEPT_BYTES
+        # The module of the experts that a layer belongs to.
+        self.owners = {name: owner for name in layers if (owner := _owner_of_expert(model.model, name)) is not None}
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """Output of the dense block for each batch; when they are through, the groups are known."""
@@ -91,10 +129,13 @@ class BlockInputs:
 
             def note(name: str, x: torch.Tensor, number: int = number, calls: dict[str, int] = calls) -> None:
                 calls[name] += 1
+                if name in self.owners:
+                    groups.setdefault(self._kind(name), [])
+                    return
                 if number == 0 and calls[name] == 1:
                     alive.append(x)
                     groups.setdefault((x.data_ptr(), tuple(x.shape)), []).append(name)
-                if number < self.fitted and any(names[0] == name for names in groups.values()):
+                if number < self.fitted and any(names[:1] == [name] for names in groups.values()):
                     self._keep((name, number), calls[name], x)
 
             with _watched(self.layers, note):
@@ -104,6 +145,8 @@ class BlockInputs:
                 if self._calls.setdefault(name, count) != count:
                     self._calls[name] = None
             yield output
+        for name in self.owners:
+            groups.setdefault(self._kind(name), []).append(name)
         called = {name for names in groups.values() for name in names}
         self.groups = [*groups.values(), *([name] for name in self.layers if name not in called)]
 
@@ -135,10 +178,57 @@ class BlockInputs:
             self.model.run(self.index, hidden.to(self.model.device))
         return _joined(seen) if seen else None
 
+    def experts(self, names: Sequence[str], hidden: torch.Tensor) -> dict[str, Rows]:
+        """Inputs of experts of one group in the block as it is now; those that are given nothing are left out."""
+        owner = self.model.model.get_submodule(self.owners[names[0]])
+        seen: dict[str, torch.Tensor] = {}
+        routes: list[torch.Tensor] = []
+
+        def begin(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            routes.extend(
+                x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and not x.is_floating_point()
+            )
+
+        def end(*_: Any) -> None:
+            raise _Enough
+
+        handles = [owner.register_forward_pre_hook(begin, with_kwargs=True), owner.register_forward_hook(end)]
+        try:
+            layers = {name: self.layers[name] for name in names}
+            with _watched(layers, lambda name, x: seen.update({name: x.detach().float()})), suppress(_Enough):
+                self.model.run(self.index, hidden.to(self.model.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = hidden.shape[:-1].numel()
+        found = {}
+        for name, x in seen.items():
+            if has_implementations(owner):
+                expert = int(name.split(".")[-2])
+                found[name] = Rows(
+                    x, (routes[0].reshape(-1) == expert).nonzero().flatten().cpu() // routes[0].shape[-1]
+                )
+            elif len(x) == tokens:  # every expert is given all tokens, most of them as zeros
+                used = (x != 0).any(1).nonzero().flatten()
+                found[name] = Rows(x[used], used.cpu())
+            else:
+                found[name] = Rows(x, None)
+        return {name: rows for name, rows in found.items() if len(rows.values)}
+
+    def _kind(self, name: str) -> tuple[str, str]:
+        """What the experts of a group have in common: their module, and which matrix it is."""
+        return self.owners[name], name.rpartition(".")[2]
+
     def forget(self, name: str) -> None:
         """Gives back what is kept of a layer."""
         for place in [place for place in self._kept if place[0] == name]:
             del self._kept[place]
+
+
+def _owner_of_expert(model: nn.Module, name: str) -> str | None:
+    """The name of the module whose expert a layer belongs to; None if it is that of no expert."""
+    expert = name.rpartition(".")[0]
+    return expert.rpartition(".")[0] if expert and isinstance(model.get_submodule(expert), Expert) else None
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -31,6 +31,9 @@ from .reconstruction import reconstruct
 
 __all__ = ["BlockSettings", "compress_block"]
 
+_EXPERT_BYTES = 1 << 30  # of second moments of experts that are observed at once
+_FEWEST = 0.25  # tokens for each input channel that an expert needs for moments of its own
+
 
 @dataclass(frozen=True)
 class BlockSettings:
@@ -86,6 +89,9 @@ def compress_block(
     done: dict[str, ClusteredLinear] = {}
     matrices: dict[str, dict[str, Any]] = {}
     for names in inputs.groups:
+        if names[0] in inputs.owners:
+            done |= _cluster_experts(model, inputs, names, specs, done, compressed, settings, matrices, progress)
+            continue
         moments = _observe(model, inputs, names, done, compressed)
         for name in names:
             original = inputs.layers[name]
@@ -135,12 +141,70 @@ def _observe(
     finally:
         _install(model, inputs.layers)
         inputs.forget(name)
+    _check_finite(name, moments)
+    return moments.means()
+
+
+def _cluster_experts(
+    model: BlockModel,
+    inputs: BlockInputs,
+    names: list[str],
+    specs: dict[str, ClusterSpec],
+    done: Mapping[str, nn.Module],
+    compressed: Sequence[torch.Tensor],
+    settings: BlockSettings,
+    matrices: dict[str, dict[str, Any]],
+    progress: Callable[[int], object],
+) -> dict[str, ClusteredLinear]:
+    """Clusters one matrix of every expert, each by the tokens that reach it.
+
+    An expert with too few has moments of too low a rank; it takes those of all experts together, and the report says
+    so. As many are observed in one run of the block as `_EXPERT_BYTES` has room for.
+    """
+    made: dict[str, ClusteredLinear] = {}
+    pool, few = Moments(), []
+    width = weight_of(inputs.layers[names[0]]).shape[1]
+    together = max(1, _EXPERT_BYTES // (8 * width * width))
+
+    def cluster(name: str, hessian: torch.Tensor | None, drift: torch.Tensor | None) -> None:
+        original = inputs.layers[name]
+        made[name], report = _cluster(name, original, specs[name], hessian, drift, settings)
+        matrices.setdefault(name, {}).update(report)
+        progress(weight_of(original).numel())
+
+    for first in range(0, len(names), together):
+        moments = {name: Moments() for name in names[first : first + together]}
+        try:
+            for batch in range(inputs.fitted):
+                before = inputs.experts(list(moments), inputs.batches[batch])
+                _install(model, done)
+                after = inputs.experts(list(moments), compressed[batch])
+                _install(model, inputs.layers)
+                for name, rows in after.items():
+                    moments[name].add_rows(before.get(name), rows)
+        finally:
+            _install(model, inputs.layers)
+        for name, own in moments.items():
+            _check_finite(name, own)
+            pool.pool(own)
+            matrices[name] = {"tokens": own.tokens}
+            if own.tokens < _FEWEST * width:
+                few.append(name)
+            else:
+                cluster(name, *own.means())
+    hessian, _ = pool.means()
+    for name in few:
+        matrices[name]["pooled"] = True
+        cluster(name, hessian, None)
+    return made
+
+
+def _check_finite(name: str, moments: Moments) -> None:
     if moments.hessian is not None and not bool(torch.isfinite(moments.hessian).all()):
         raise ValueError(
             f"the inputs of {name} are NaN or infinite on the calibration text: the model's weights are damaged, "
             "or its dtype is too narrow for it. Compress it with --dtype float32, or calibrate on other text."
         )
-    return moments.means()
 
 
 def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:
