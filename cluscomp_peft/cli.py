@@ -123,10 +123,11 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a compressed model down for engines that know no codes")
     export.add_argument("path", metavar="DIR", help="folder or hub id of a model, or folder of an adapter")
-    export.add_argument("target", metavar="OUT", help="folder to create")
-    export.add_argument("--to", required=True, choices=("dense",), help="format")
+    export.add_argument("target", metavar="OUT", help="folder, or file of GGUF, to create")
+    export.add_argument("--to", required=True, choices=("dense", "gguf"), help="format")
+    export.add_argument("--type", metavar="TYPE", help="gguf: F16, Q8_0 (default), Q4_K_M and others of llama.cpp")
     export.add_argument("--adapter", metavar="DIR", help="adapter to merge on the way")
-    export.add_argument("--dtype", default="auto", choices=_DTYPES, help="of the dense weights (default: the model's)")
+    export.add_argument("--dtype", choices=_DTYPES, help="dense: of the weights (default: the model's)")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
     export.set_defaults(run=_export)
 
@@ -295,14 +296,39 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.to == "gguf":
+        _export_gguf(options)
+        return
     from .export.dense import export_dense
 
+    if options.type is not None:
+        raise ValueError("--type belongs to --to gguf; a dense checkpoint takes --dtype.")
+    dtype = options.dtype or "auto"
     summary = export_dense(
-        options.path, options.target, adapter=options.adapter, dtype=options.dtype, overwrite=options.overwrite
+        options.path, options.target, adapter=options.adapter, dtype=dtype, overwrite=options.overwrite
     )
     print(
         f"{options.target}: {summary['matrices']} matrices decoded to {summary['dtype']}, "
         f"{summary['bytes'] / 1e6:.1f} MB of weight files, {summary['seconds']:.1f} s"
+    )
+
+
+def _export_gguf(options: argparse.Namespace) -> None:
+    try:
+        from .export.gguf.file import export_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ValueError("--to gguf needs the package gguf: install cluscomp_peft[gguf].") from error
+    if options.dtype is not None:
+        raise ValueError("--dtype belongs to --to dense; a GGUF file takes --type.")
+    kind = options.type or "Q8_0"
+    summary = export_gguf(
+        options.path, options.target, kind=kind, adapter=options.adapter, overwrite=options.overwrite
+    )
+    print(
+        f"{options.target}: {summary['tensors']} tensors as {kind}, {summary['bytes'] / 1e6:.1f} MB, "
+        f"{summary['seconds']:.1f} s"
     )
 
 
