@@ -16,6 +16,7 @@ from .interrupts import wait_for_imports
 __all__ = ["main"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LEAST_BYTES = 1000  # of a whole model: fewer lack their unit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", help="make a compressed checkpoint of a dense model")
     compress.add_argument("source", metavar="SRC", help="folder or hub id of the dense model")
     compress.add_argument("target", metavar="OUT", help="folder to create")
-    compress.add_argument("--bits", type=float, help="true bits per weight (default 4)")
+    compress.add_argument("--bits", type=float, help="true bits per weight, 1 to 8 (default 4)")
     compress.add_argument("--size", metavar="16MB", type=_bytes, help="bytes of the whole folder, instead of --bits")
     compress.add_argument("--group-size", type=int, help="weights per code; with --num-clusters, instead of --bits")
     compress.add_argument("--num-clusters", type=int, help="centroids per codebook")
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     evaluate = commands.add_parser("evaluate", help="measure loss and true bits of a dense or compressed model")
-    evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model")
+    evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model, or folder of an adapter")
     evaluate.add_argument("--data", metavar="FILE", required=True, help=".jsonl or .txt, also .xz")
     evaluate.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
     evaluate.add_argument(
@@ -133,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what a model needs in memory, and which settings fit")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
-    plan.add_argument("--bits", type=float, help="true bits per weight (default 4; a compressed model has its own)")
+    plan.add_argument(
+        "--bits", type=float, help="true bits per weight, 1 to 8 (default 4; a compressed model has its own)"
+    )
     plan.add_argument("--seqlen", type=int, default=1024, help="tokens of a sequence")
     plan.add_argument("--batch", type=int, default=1, help="sequences at once, on each device")
     plan.add_argument("--world-size", type=int, default=1, help="devices that finetuning is spread over (default 1)")
@@ -252,16 +255,33 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .compress.architecture import refuse_evaluation
+    from .compress.architecture import read_tokenizer, refuse_evaluation
     from .compress.calibration.text import read_documents, token_windows
-    from .compress.stream.headers import check_folder
+    from .compress.stream.headers import adapter_base, check_folder
     from .hf.evaluate import evaluate
 
+    if options.max_tokens is not None and options.max_tokens < 2:
+        raise ValueError(
+            f"--max-tokens must be at least 2, one token and the next to predict from it, got {options.max_tokens}; "
+            "leave it out to take the whole text."
+        )
+    base = adapter_base(options.path)
+    if base is not None:
+        if options.adapter is not None:
+            raise ValueError(
+                f"{options.path} is an adapter, as --adapter {options.adapter} is; give the base, {base}."
+            )
+        options.path, options.adapter = base, options.path
     check_folder(options.path)
     refuse_evaluation(AutoConfig.from_pretrained(options.path), options.path)
-    tokenizer = AutoTokenizer.from_pretrained(options.path)
+    tokenizer = read_tokenizer(options.path)
+    if tokenizer is None:
+        raise ValueError(
+            f"{options.path} has no tokenizer that can be read here, so --data cannot be cut into tokens; copy "
+            "tokenizer.json and tokenizer_config.json of the dense model into it."
+        )
     documents = read_documents(options.data, tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -343,11 +363,15 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _bytes(text: str) -> int:
     """Bytes of "16MB", "1.5GiB" or "1000000"."""
-    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16MB, 1.5GiB or 1000000")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    if size < _LEAST_BYTES:
+        cure = "" if unit else f"; give it a unit, such as {number}GiB"
+        raise argparse.ArgumentTypeError(f"{text} is {size} bytes, fewer than any model takes{cure}")
+    return size
 
 
 def _printable(text: str) -> str:

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-from .upstream.peft import extend_peft_type, register_method
+from .upstream.peft import extend_peft_type, register_method, teach_lora
 from .upstream.transformers import FORMATS, register_format
 
 __all__ = ["register", "register_on_import"]
@@ -40,10 +40,13 @@ def register_on_import() -> None:
 def _register_method() -> None:
     extend_peft_type(_METHOD.upper())
     # These read PeftType.CLUSCOMP, so they are imported after it exists.
+    from .linear import ClusteredLinear
     from .tuner.config import ClusCompConfig
+    from .tuner.lora import LoraClusteredLinear, clustered_names
     from .tuner.model import ClusCompModel
 
     register_method(_METHOD, ClusCompConfig, ClusCompModel)
+    teach_lora(ClusteredLinear, LoraClusteredLinear, clustered_names)
 
 
 def _register_format() -> None:

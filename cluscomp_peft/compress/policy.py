@@ -108,7 +108,8 @@ class Policy:
             ClusterSpec(self.group_size, self.num_clusters)
         if self.bits is not None and not 1 <= self.bits <= 8:
             raise ValueError(
-                f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {self.bits}."
+                f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {self.bits}; leave it "
+                f"out for {DEFAULT_BITS:g}."
             )
         if not isinstance(self.codebook_dtype, str) or self.codebook_dtype not in ("auto", *CODEBOOK_DTYPES):
             known = ", ".join(("auto", *CODEBOOK_DTYPES))

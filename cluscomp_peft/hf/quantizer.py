@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -37,10 +38,11 @@ from ..layout import summarize
 from ..linear import ClusteredLinear
 from ..offloading import hooks_of
 from ..upstream.accelerate import device_map_of, kept_weights, offload_hook, state_dict_of_offloaded
+from ..upstream.peft import keep_dtypes
 from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
 from .config import ClusCompQuantizationConfig
 from .reading import check_tensors, stored_specs
-from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel
+from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel, refuse_training
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -65,6 +67,10 @@ class ClusCompHfQuantizer(HfQuantizer):
         self.failure: Exception | None = None
         # Of a model with offloaded weights; PEFT takes them off when it loads a saved adapter.
         self.hooks: list[tuple[nn.Module, ModelHook]] = []
+        self._model: Callable[[], nn.Module | None] = _no_model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": _no_model}  # a copy's model is another
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Asked with the map as given and, if that was "auto", with the one inferred; no weight is read before.
@@ -132,6 +138,8 @@ class ClusCompHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        keep_dtypes(model)
+        self._model = weakref.ref(model)
         absent = [
             f"{name}.{key}"
             for name, module in clustered_linears(model)
@@ -242,6 +250,16 @@ class ClusCompHfQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Asked by Trainer, which refuses a model without an adapter next, in words that do not say how to make one.
+
+        Raises:
+            ValueError: If the model has no adapter.
+        """
+        refuse_training(self._model())
+        return False
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
@@ -304,6 +322,11 @@ class ClusterOnLoad(ConversionOps):
             for name in names:
                 self.hf_quantizer.submit(model, name, model.get_submodule(name))
         return {}
+
+
+def _no_model() -> None:
+    """Of a quantizer whose model is gone, or another's."""
+    return None
 
 
 def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:

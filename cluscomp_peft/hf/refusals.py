@@ -12,9 +12,10 @@ from torch import nn
 
 from ..linear import ClusteredLinear
 from ..offloading import stored
+from ..upstream.peft import has_tuner_layers
 from ..upstream.transformers import tensor_parallel_size
 
-__all__ = ["refuse_adapters", "refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel"]
+__all__ = ["refuse_adapters", "refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel", "refuse_training"]
 
 
 def refuse_adapters(names: Iterable[str]) -> None:
@@ -72,3 +73,15 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
             'across the cuts. Leave tp_plan and tp_size out. To spread it over GPUs use device_map="auto" (one '
             "process); to train on several, FSDP2 or data parallelism."
         )
+
+
+def refuse_training(model: nn.Module | None) -> None:
+    """Raises a ValueError for a clustered model that a trainer is given without an adapter. Prompt tuning, which adds
+    no layer, freezes all of its base."""
+    if model is None or has_tuner_layers(model) or not any(p.requires_grad for p in model.parameters()):
+        return
+    raise ValueError(
+        f"{type(model).__name__} is clustered and has no adapter, so a trainer has nothing to train: its codes and "
+        "codebooks are frozen. Give it get_peft_model(model, ClusCompConfig()), or TRL's trainers "
+        "peft_config=ClusCompConfig()."
+    )

@@ -20,6 +20,7 @@ from peft.utils import PeftType
 
 from ..codes import ClusterSpec
 from ..compress.policy import DTYPE_IN_MEMORY, Policy
+from .arguments import explains_arguments
 from .units import default_delta_scale
 
 __all__ = ["ClusCompConfig", "SavedFacts", "Source", "config_of_sum"]
@@ -44,6 +45,7 @@ class Source(NamedTuple):
     download: dict[str, Any]
 
 
+@explains_arguments
 @dataclass
 class ClusCompConfig(PeftConfig):
     """Configuration of a [`ClusCompModel`].

@@ -22,7 +22,16 @@ from ..offloading import store_all, stored
 from ..placement import is_sharded
 from ..upstream.peft import adapters_to_merge, onloaded
 
-__all__ = ["MergingLayer", "all_or_nothing", "check_merging", "refuse_non_finite", "set_merged", "tuner_layers"]
+__all__ = [
+    "MergingLayer",
+    "all_or_nothing",
+    "check_merging",
+    "is_merged",
+    "is_unloaded",
+    "refuse_non_finite",
+    "set_merged",
+    "tuner_layers",
+]
 
 _KEPT = "unmerged_"
 
@@ -170,6 +179,37 @@ def check_merging(model: nn.Module, adapter_names: list[str] | None) -> None:
             elif not layer.merged:  # PEFT's own, which trains tokens
                 layer.merge(safe_merge=True, adapter_names=adapter_names)
                 layer.unmerge()
+
+
+def is_merged(model: nn.Module, adapter_names: list[str]) -> bool:
+    """Whether adapters are merged into every layer that has them; warns if so, as nothing is left to merge."""
+    layers = tuner_layers(model)
+    open_names = (
+        name
+        for layer in layers
+        for name in adapter_names
+        if name in getattr(layer, "cluscomp_delta", adapter_names) and name not in layer.merged_adapters
+    )
+    if not layers or next(open_names, None) is not None:
+        return False
+    warnings.warn(
+        f"adapter {', '.join(adapter_names)} is merged already and is not added a second time; unmerge_adapter() "
+        "takes it out.",
+        stacklevel=3,
+    )
+    return True
+
+
+def is_unloaded(model: nn.Module) -> bool:
+    """Whether a model has no layer of an adapter any more; warns if so, as nothing is left to merge or to unload."""
+    if tuner_layers(model):
+        return False
+    warnings.warn(
+        "there is no adapter left to merge or to take out: merge_and_unload() or unload() was called before. The "
+        "model that it gave is returned again.",
+        stacklevel=4,
+    )
+    return True
 
 
 @contextmanager

@@ -36,8 +36,8 @@ from .config import ClusCompConfig, config_of_sum
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, NewAdapter
 from .loading import adapted_layers, prepare_tensors
-from .merging import all_or_nothing, check_merging, set_merged, tuner_layers
-from .planning import check_layers, spec_of
+from .merging import all_or_nothing, check_merging, is_merged, is_unloaded, set_merged, tuner_layers
+from .planning import check_layers, check_task, spec_of
 from .saving import check_saved, code_digests, complete_tensors, read_facts
 from .targets import default_targets, expert_targets, matched_layers
 from .units import count_blocks
@@ -121,6 +121,7 @@ class ClusCompModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
         peft_config.check()
+        check_task(self.model, peft_config)
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             only_experts = targets is None and peft_config.target_parameters
@@ -215,6 +216,8 @@ class ClusCompModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's; an error in any layer, or an interrupt, leaves all layers as they were."""
+        if is_merged(self.model, adapter_names or self.active_adapters):
+            return
         with all_or_nothing(self.model):
             super().merge_adapter(adapter_names, safe_merge)
 
@@ -231,6 +234,8 @@ class ClusCompModel(BaseTuner):
         weights would take their memory twice: layers that are merged by then are plain ones, and the next call merges
         the others.
         """
+        if is_unloaded(self.model):
+            return self.model
         if merge and safe_merge:
             check_merging(self.model, adapter_names)
         merged = {layer: list(layer.merged_adapters) for layer in tuner_layers(self.model)}

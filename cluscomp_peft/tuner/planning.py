@@ -22,7 +22,30 @@ from .config import ClusCompConfig
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer
 
-__all__ = ["check_layers", "check_weight", "spec_of"]
+__all__ = ["check_layers", "check_task", "check_weight", "spec_of"]
+
+# Tasks whose labels are no tokens, and the class of transformers that has a head for them.
+_HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def check_task(model: nn.Module, config: ClusCompConfig) -> None:
+    """Raises a ValueError if the model has no head for the task of a config, which its loss would only say later."""
+    task, kind = str(getattr(config.task_type, "value", config.task_type)), type(model).__name__
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    if task in _HEADS and find_head() is not None:
+        raise ValueError(
+            f"task_type={task!r} is for models with a head for it, but {kind} predicts tokens; load the model by "
+            f'{_HEADS[task]}, or give task_type="CAUSAL_LM".'
+        )
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={task!r} is for models that predict tokens, but {kind} does not; give the task that it has a "
+            f"head for ({', '.join(_HEADS)}, FEATURE_EXTRACTION), or leave task_type out."
+        )
 
 
 def check_layers(

@@ -157,8 +157,10 @@ def check_saved(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: 
             )
         if config.codebook_fingerprint not in (None, codebooks):
             warnings.warn(
-                "the model has the codes of the adapter's base but other codebooks: one of the two was merged with an "
-                "adapter, or cast. The deltas are added to what is there.",
+                f"the model has the codes of the adapter's base but other codebooks (fingerprint {codebooks}, not "
+                f"{config.codebook_fingerprint}): it was merged with an adapter, or cast. The deltas are added to "
+                "what is there, so if this adapter is what it was merged with, its training counts twice: use the "
+                f"model without the adapter then, or load the base ({config.base_model_name_or_path}).",
                 stacklevel=2,
             )
     absent = sorted(layers.keys() - specs.keys()) if config.carries_codes else []

@@ -6,6 +6,9 @@ PEFT takes seconds to import, so nothing here imports it before it is called.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,16 +17,20 @@ from torch import nn
 __all__ = [
     "FILE_PREFIX",
     "LAYER_ATTRIBUTES",
+    "LORA_METHODS",
     "TUNER_METHODS",
     "adapters_to_merge",
     "extend_peft_type",
+    "has_tuner_layers",
     "hide_device_map",
     "is_saved_whole",
+    "keep_dtypes",
     "matches",
     "onloaded",
     "original_of",
     "register_method",
     "show_device_map",
+    "teach_lora",
     "trains_tokens",
 ]
 
@@ -69,6 +76,17 @@ LAYER_ATTRIBUTES = {
 """Attributes and methods of `BaseTunerLayer` that a tuner layer sets or overrides, and what reads or calls them."""
 
 
+LORA_METHODS = {
+    "update_layer": "a LoRA layer calls it with the config for every adapter that it gets; if it does not, an "
+    "initialisation that reads a dense weight fails in words about tensors.",
+    "resolve_lora_variant": "update_layer calls it with `config`; if it does not, DoRA on codes fails in words about "
+    "tensors.",
+    "_get_in_out_features": "a LoRA layer asks it for the sizes of its base, (in, out); if it does not, it warns of "
+    "an unsupported layer.",
+}
+"""Methods of `lora.Linear` that a LoRA layer on codes overrides, and what is relied on of their call."""
+
+
 def extend_peft_type(name: str) -> None:
     """Adds a member to the enum `PeftType`, by which PEFT looks up its methods; nothing if it is there already.
 
@@ -103,6 +121,52 @@ def register_method(method: str, config: type, model: type) -> None:
 
     if PeftType(method.upper()) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=method, config_cls=config, model_cls=model)
+
+
+def teach_lora(base: type[nn.Module], layer: Callable[..., nn.Module], names: Callable[[nn.Module], set[str]]) -> None:
+    """Has LoRA take layers of a class: `LoraModel._create_new_module(config, adapter_name, target, **kwargs)` makes of
+    each target what takes its place, `LoraModel._prepare_adapter_config(config, model_config)` resolves the targets,
+    and `_maybe_include_all_linear_layers(config, model)` those of "all-linear", to a set of names.
+
+    If they work otherwise, LoRA refuses clustered layers, as other methods do.
+
+    Args:
+        base: Class of the layers.
+        layer: Makes a LoRA layer from such a layer, an adapter's name, `config` and what else PEFT passes.
+        names: Of the layers of that class in a model.
+    """
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    create, prepare = LoraModel._create_new_module, LoraModel._prepare_adapter_config
+    if hasattr(create, "__wrapped__"):
+        return
+
+    @functools.wraps(create)
+    def create_or_clustered(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, base):
+            return layer(target, adapter_name, config=lora_config, **kwargs)
+        return create(lora_config, adapter_name, target, **kwargs)
+
+    @functools.wraps(prepare)
+    def prepare_with_clustered(self: Any, config: Any, model_config: Any) -> Any:
+        targets, found = config.target_modules, names(self.model)
+        if found and isinstance(targets, str) and targets.lower() == "all-linear":
+            config = _maybe_include_all_linear_layers(config, self.model)
+            config.target_modules |= found
+        return prepare(self, config, model_config)
+
+    LoraModel._create_new_module = staticmethod(create_or_clustered)
+    LoraModel._prepare_adapter_config = prepare_with_clustered
+
+
+def keep_dtypes(model: Any) -> None:
+    """Has `prepare_model_for_kbit_training` leave the numbers of a model as they are, and only make it ready for
+    gradients: by `hqq_quantized`, the one of its signs that is an attribute and that nothing else asks for.
+
+    If it goes by another sign, it casts codebooks to fp32, which merging then stores at twice the size.
+    """
+    model.hqq_quantized = True
 
 
 def matches(config: Any, name: str) -> bool:
@@ -145,6 +209,18 @@ def onloaded(layer: Any) -> AbstractContextManager[None]:
     from peft.tuners.tuners_utils import onload_layer
 
     return onload_layer(layer)
+
+
+def has_tuner_layers(model: nn.Module) -> bool:
+    """Whether a model has a layer of an adapter, of any method: a `BaseTunerLayer`. False where PEFT is not imported.
+
+    If they are of another class, Trainer takes no clustered model.
+    """
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def trains_tokens(module: nn.Module) -> bool:

@@ -64,6 +64,8 @@ QUANTIZER_METHODS = {
     "`checkpoint_files`; if it does not, a compressed checkpoint is loaded into dense layers.",
     "_process_model_after_weight_loading": "from_pretrained calls it when weights are in and offloaded layers have "
     "their hooks; if it does not, incomplete and damaged checkpoints pass.",
+    "is_qat_trainable": "Trainer asks it of a model's quantizer before it refuses a model without an adapter; if it "
+    "does not, the refusal does not say which adapter to make.",
     "_dequantize": "model.dequantize(dtype) calls it and returns what it returns.",
 }
 """Methods of `HfQuantizer` that a quantizer overrides, and what is relied on of their call."""

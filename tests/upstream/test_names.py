@@ -25,6 +25,7 @@ DOCUMENTED = {
     "accelerate.hooks": {"ModelHook", "add_hook_to_module"},
     "peft": None,
     "peft.config": {"PeftConfig"},
+    "peft.tuners.lora": {"Linear"},
     "peft.tuners.tuners_utils": {"BaseTuner", "BaseTunerLayer"},
     "peft.utils": {"PeftType", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"},
     "transformers": None,
@@ -46,6 +47,7 @@ KNOWN = {
     "ds_shape",
     "ds_tensor",
     "hf_device_map",
+    "hqq_quantized",
     "model_accepts_loss_kwargs",
     "original_devices",
     "original_module",
@@ -56,12 +58,14 @@ OVERRIDES = {
     "cluscomp_peft.tuner.model": ("ClusCompModel", peft.TUNER_METHODS, "peft"),
     "cluscomp_peft.tuner.clustered_layer": ("ClusCompLinear", peft.LAYER_ATTRIBUTES, "peft"),
     "cluscomp_peft.tuner.dense_layer": ("ClusCompDenseLinear", peft.LAYER_ATTRIBUTES, "peft"),
+    "cluscomp_peft.tuner.lora": ("LoraClusteredLinear", peft.LORA_METHODS, "peft"),
     "cluscomp_peft.hf.quantizer": ("ClusCompHfQuantizer", transformers.QUANTIZER_METHODS, "transformers"),
     "cluscomp_peft.compress.recovery": ("RecoveryTrainer", transformers.TRAINER_METHODS, "transformers"),
 }
 TABLES = {
     *peft.TUNER_METHODS,
     *peft.LAYER_ATTRIBUTES,
+    *peft.LORA_METHODS,
     *transformers.QUANTIZER_METHODS,
     *transformers.TRAINER_METHODS,
 }

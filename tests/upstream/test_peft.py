@@ -16,13 +16,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from safetensors.torch import load_file
@@ -200,6 +202,10 @@ def tuner_method(name: str):
 
 def layer_attribute(name: str):
     return contract(room, f"LAYER_ATTRIBUTES.{name}", says=room.LAYER_ATTRIBUTES[name])
+
+
+def lora_method(name: str):
+    return contract(room, f"LORA_METHODS.{name}", says=room.LORA_METHODS[name])
 
 
 @pytest.fixture
@@ -436,6 +442,94 @@ def test_what_trains_tokens_is_around_the_embedding():
     settings = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3], task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(), settings).base_model.model
     assert [name for name, module in model.named_modules() if room.trains_tokens(module)] == ["model.embed_tokens"]
+
+
+@contract(room, "has_tuner_layers")
+def test_layers_of_adapters_are_of_one_class(adapted):
+    assert room.has_tuner_layers(adapted) and not room.has_tuner_layers(tiny_llama())
+    assert room.has_tuner_layers(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
+
+
+# -- LoRA and preparation for layers of ours
+
+
+class OwnLayer(nn.Module):
+    """No linear layer of torch's."""
+
+    in_features = out_features = 32
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class LoraOwnLayer(LoraLinear):
+    called: list = []
+
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+        self.called.append(("update_layer", adapter_name, config))
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config, **kwargs):
+        self.called.append(("resolve_lora_variant", config))
+        return super().resolve_lora_variant(config=config, **kwargs)
+
+    def _get_in_out_features(self, module):
+        self.called.append(("_get_in_out_features", module))
+        return module.in_features, module.out_features
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """LoRA that has been taught the class above, and nothing else."""
+    for name in ("_create_new_module", "_prepare_adapter_config"):
+        method = getattr(LoraModel, name)
+        method = getattr(method, "__wrapped__", method)
+        monkeypatch.setattr(LoraModel, name, staticmethod(method) if name == "_create_new_module" else method)
+    names = {"model.layers.0.self_attn.o_proj"}
+    for _ in range(2):  # the second time does nothing
+        room.teach_lora(OwnLayer, LoraOwnLayer, lambda model: names)
+    monkeypatch.setattr(LoraOwnLayer, "called", [])
+    model = tiny_llama()
+    model.model.layers[0].self_attn.o_proj = OwnLayer()
+    return model
+
+
+@contract(room, "teach_lora")
+@pytest.mark.parametrize(("targets", "count"), [(["o_proj"], 2), ("all-linear", 14)])
+def test_lora_takes_a_layer_that_it_was_taught(taught, targets, count):
+    model = get_peft_model(taught, LoraConfig(target_modules=targets)).base_model.model
+    found = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    assert len(found) == count and sum(type(module) is LoraOwnLayer for module in found) == 1
+
+
+@lora_method("update_layer")
+@lora_method("resolve_lora_variant")
+@lora_method("_get_in_out_features")
+def test_a_lora_layer_asks_for_variant_and_sizes(taught, recwarn):
+    settings = LoraConfig(target_modules=["o_proj"])
+    model = get_peft_model(taught, settings).base_model.model
+    base = model.model.layers[0].self_attn.o_proj.base_layer
+    first, *others = LoraOwnLayer.called
+    assert first == ("_get_in_out_features", base)
+    assert others == [("update_layer", "default", settings), ("resolve_lora_variant", settings)]
+    assert not [entry for entry in recwarn if "Unsupported layer" in str(entry.message)]
+
+
+@contract(room, "keep_dtypes")
+def test_preparation_leaves_numbers_alone_and_enables_gradients(tokens):
+    model = tiny_llama(torch.bfloat16)
+    room.keep_dtypes(model)
+    prepared = prepare_model_for_kbit_training(model)
+    assert {parameter.dtype for parameter in prepared.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+    prepared.train()
+    assert prepared(tokens).logits.requires_grad  # as its inputs do, for checkpointing
+    cast = prepare_model_for_kbit_training(tiny_llama(torch.bfloat16))
+    assert {parameter.dtype for parameter in cast.parameters()} == {torch.float32}
 
 
 # -- offloaded models

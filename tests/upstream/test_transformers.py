@@ -69,6 +69,11 @@ class ProbeQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs):
         self.note("validate_environment", device_map)
 
+    @property
+    def is_qat_trainable(self):
+        self.note("is_qat_trainable")
+        return False
+
     def param_element_size(self, model, param_name, param):
         self.note("param_element_size", param_name)
         return param.element_size()
@@ -253,6 +258,14 @@ def test_saving_asks_for_the_state_dict_before_the_config_is_written(registered,
     model.save_pretrained(tmp_path)
     assert list(load_file(tmp_path / "model.safetensors")) == ["only"]
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["noted"]
+
+
+@asks("is_qat_trainable")
+def test_a_trainer_asks_before_it_refuses_a_model_without_an_adapter(registered, dense_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=ProbeConfig())
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    assert calls(model, "is_qat_trainable")
 
 
 @asks("_dequantize")

@@ -1,6 +1,5 @@
-"""What safetensors files say of themselves: names, dtypes and shapes of their tensors, and whether they are whole.
-
-No weight is read.
+"""What is there of a model before a weight is read: whether a path names one, and what its safetensors files say of
+themselves, names, dtypes and shapes of their tensors, and whether they are whole.
 """
 
 from __future__ import annotations
@@ -10,9 +9,19 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from huggingface_hub import constants, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["Header", "check_folder", "read_header", "read_headers", "weight_bytes", "weight_files"]
+__all__ = ["Header", "adapter_base", "check_folder", "read_header", "read_headers", "weight_bytes", "weight_files"]
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 
 
 class Header(NamedTuple):
@@ -69,10 +78,70 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
     return found
 
 
+def adapter_base(path: str) -> str | None:
+    """What the adapter in a folder was trained on, as its config calls it; None for a folder without an adapter.
+
+    Raises:
+        ValueError: If the adapter's config cannot be read or does not say.
+    """
+    file = os.path.join(path, _ADAPTER)
+    if not os.path.isfile(file):
+        return None
+    try:
+        with open(file, encoding="utf-8") as opened:
+            base = json.load(opened)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); save the adapter again.") from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} is an adapter that does not say of which model; give that, and this as --adapter.")
+    return base
+
+
 def check_folder(path: str) -> None:
-    """Raises a ValueError for a path that can only be a folder and is none, and for a folder of which a weight file is
-    cut off or damaged."""
+    """Raises a ValueError for a path or hub id that is no model, or of which a weight file is cut off or damaged."""
     if os.path.isdir(path):
+        _check_is_model(path)
         read_headers(weight_files(path))
+    elif os.path.exists(path):
+        raise ValueError(f"{path} is a file; give the folder of the model.")
     elif os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
         raise ValueError(f"{path} is no folder (and no hub id, which reads like owner/name).")
+    else:
+        _ask_hub(path)
+
+
+def _check_is_model(folder: str) -> None:
+    if os.path.isfile(os.path.join(folder, _CONFIG)):
+        return
+    base = adapter_base(folder)
+    if base is not None:
+        raise ValueError(f"{folder} is an adapter of {base} and no model; give {base}.")
+    inside = sorted(entry.path for entry in os.scandir(folder) if os.path.isfile(os.path.join(entry.path, _CONFIG)))
+    cure = f"give {' or '.join(inside[:3])}, which does" if inside else "give the folder that has it"
+    raise ValueError(f"{folder} has no {_CONFIG}, so it is no model; {cure}.")
+
+
+def _ask_hub(name: str) -> None:
+    try:
+        hf_hub_download(name, _CONFIG)
+    except HFValidationError as error:
+        raise ValueError(f"{name} is no folder, and no hub id, which reads like owner/name ({error}).") from error
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else " ".join(str(error.__cause__ or error).split())[:100]
+        raise ValueError(
+            f"{name} is no folder here, and the hub cannot be asked for it ({why}), nor has {constants.HF_HUB_CACHE} "
+            f"a copy. Give a folder, or fetch it first where there is a network: hf download {name}"
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, and log in by `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name} is neither a folder here nor a model on the hub; mind the spelling, or log in by `hf auth login` "
+            "if it is private."
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"{name} on the hub has no {_CONFIG}, so it is no model; of an adapter, give the base."
+        ) from error
