@@ -18,6 +18,7 @@ from .codes import ClusterSpec  # noqa: E402
 from .linear import ClusteredLinear  # noqa: E402
 
 if TYPE_CHECKING:
+    from .compress.checkpoint import compress_checkpoint
     from .hf.config import ClusCompQuantizationConfig
     from .tuner.config import ClusCompConfig
     from .tuner.layer import ClusCompLayer
@@ -31,6 +32,7 @@ __all__ = [
     "ClusterSpec",
     "ClusteredLinear",
     "__version__",
+    "compress_checkpoint",
     "kmeans",
     "register",
 ]
@@ -41,6 +43,7 @@ _LATER = {
     "ClusCompLayer": ".tuner.layer",
     "ClusCompModel": ".tuner.model",
     "ClusCompQuantizationConfig": ".hf.config",
+    "compress_checkpoint": ".compress.checkpoint",
 }
 
 
