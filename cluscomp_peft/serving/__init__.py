@@ -1,0 +1,1 @@
+"""Engines that compute from codes: vLLM."""

@@ -1,0 +1,121 @@
+"""vLLM with our plug-in, in an environment of its own: `CLUSCOMP_VLLM_PYTHON` names its python, which has vllm and this
+package installed. Without it, and without ../shared, these tests skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from cluscomp_peft.cli import main
+from tests.export.test_gguf import SIZES, byte_level
+
+pytestmark = pytest.mark.slow
+
+GREEDY = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    folder, prompts, settings = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    engine = LLM(folder, dtype="float32", max_model_len=128, max_num_seqs=4, **settings)
+    sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    path = os.environ.get("CLUSCOMP_VLLM_PYTHON")
+    if not path:
+        pytest.skip("CLUSCOMP_VLLM_PYTHON names no environment with vllm")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A Llama with grouped queries, tied embeddings and heads of a size that vLLM's attention takes, compressed."""
+    dense, target = tmp_path_factory.mktemp("dense"), str(tmp_path_factory.mktemp("made") / "out")
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 384, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=64))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)  # or every token follows every other
+    model.save_pretrained(dense)
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for message in messages %}<|turn|>{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(dense)
+    assert main(["compress", str(dense), target, "--bits", "3"]) == 0
+    return target
+
+
+def greedy(folder: str, prompt: list[int]) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.tensor([prompt])
+    made = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), min_new_tokens=64, max_new_tokens=64, do_sample=False
+    )
+    return made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("settings", [{"enforce_eager": True}, {}])
+def test_greedy_tokens_are_those_of_transformers(python, folder, settings):
+    prompts = [[1, 50, 60, 70], [1, *range(100, 140)]]
+    arguments = [python, "-c", GREEDY, folder, json.dumps(prompts), json.dumps(settings)]
+    run = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.strip().splitlines()[-1])
+    assert found == [greedy(folder, prompt) for prompt in prompts]
+
+
+def test_tensor_parallelism_is_refused(python, folder):
+    arguments = [python, "-c", GREEDY, folder, "[[1]]", json.dumps({"tensor_parallel_size": 2, "enforce_eager": True})]
+    run = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert run.returncode != 0 and "cannot be cut for tensor parallelism" in run.stdout + run.stderr
+
+
+def test_the_server_answers_a_chat(python, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [os.path.join(os.path.dirname(python), "vllm"), "serve", folder, "--port", str(port)]
+    serve += ["--enforce-eager", "--max-model-len", "128", "--served-model-name", "tiny", "--host", "127.0.0.1"]
+    server = subprocess.Popen(serve, env=ENVIRONMENT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 900
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(1)
+        body = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "The quick brown fox"}]}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            answer = json.load(response)
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert answer["usage"]["completion_tokens"] == 8 or answer["choices"][0]["finish_reason"] == "stop"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
