@@ -249,6 +249,8 @@ def test_packed_sources_are_refused_by_name(saved, tmp_path):
         ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*w1\.weight is float8_e4m3fn.*scales"
     ):
         compress_checkpoint(str(source), str(tmp_path / "out"), config())
+    with pytest.raises(ValueError, match=r"w1\.weight is F8_E4M3 in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config())
     source = tmp_path / "mxfp4"
     model = tiny_mixture("gpt_oss")
     model.save_pretrained(source)
@@ -258,5 +260,7 @@ def test_packed_sources_are_refused_by_name(saved, tmp_path):
         tensors[f"{key}_blocks"] = torch.zeros(*packed.shape[:2], 2, 16, dtype=torch.uint8)
         tensors[f"{key}_scales"] = torch.zeros(*packed.shape[:2], 2, dtype=torch.uint8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"down_proj_blocks is U8 in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config())
     with pytest.raises(ValueError, match=r"gate_up_proj of .*lacks it: it holds .*gate_up_proj_blocks.*packed format"):
         compress_checkpoint(str(source), str(tmp_path / "out"), config())

@@ -42,7 +42,14 @@ from ..upstream.peft import keep_dtypes
 from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
 from .config import ClusCompQuantizationConfig
 from .reading import check_tensors, stored_specs
-from .refusals import refuse_adapters, refuse_non_finite, refuse_offloading, refuse_tensor_parallel, refuse_training
+from .refusals import (
+    refuse_adapters,
+    refuse_non_finite,
+    refuse_offloading,
+    refuse_packed,
+    refuse_tensor_parallel,
+    refuse_training,
+)
 
 __all__ = ["ClusCompHfQuantizer"]
 
@@ -106,6 +113,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         config = self.quantization_config
         refuse_tensor_parallel(model)
         if not self.pre_quantized:
+            refuse_packed(kwargs.get("checkpoint_files") or [])
             stacks = unfuse(model)
             self._specs = config.policy.specs(model)
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)

@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compress.stream.headers import read_headers
 from ..linear import ClusteredLinear
 from ..offloading import stored
 from ..upstream.peft import has_tuner_layers
 from ..upstream.transformers import tensor_parallel_size
 
-__all__ = ["refuse_adapters", "refuse_non_finite", "refuse_offloading", "refuse_tensor_parallel", "refuse_training"]
+__all__ = [
+    "refuse_adapters",
+    "refuse_non_finite",
+    "refuse_offloading",
+    "refuse_packed",
+    "refuse_tensor_parallel",
+    "refuse_training",
+]
 
 
 def refuse_adapters(names: Iterable[str]) -> None:
@@ -57,6 +65,20 @@ def refuse_offloading(device_map: Any) -> None:
             f"{', '.join(sorted(devices))}). Compress the model once with `cluscomp compress`, which needs memory for "
             "one block at a time, and load the result with the same device_map."
         )
+
+
+def refuse_packed(files: Iterable[str]) -> None:
+    """Raises a ValueError if safetensors files hold weights in numbers of a byte or less, which clustering on the fly
+    would take for plain ones: they are packed, or to be multiplied by scales. Masks are bytes too, and no weights.
+    """
+    for key, header in read_headers(path for path in files if path.endswith(".safetensors")).items():
+        leaf = key.rpartition(".")[2]
+        packed = header.dtype in ("U8", "I8") and ("weight" in leaf or leaf.endswith("_blocks"))
+        if packed or header.dtype.startswith(("F8", "F4")):
+            raise ValueError(
+                f"{key} is {header.dtype} in the checkpoint, a packed format or one that takes scales; load the model "
+                "as its own format has it, save it in bfloat16, and cluster that."
+            )
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:

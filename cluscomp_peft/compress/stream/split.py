@@ -138,6 +138,12 @@ def _matrix(model: nn.Module, source: DenseCheckpoint, name: str, spec: ClusterS
     key = source.weight_key(name)
     if key is None:
         raise ValueError(_absent(source, name, type(model).__name__))
+    for held in source.keys_of(key):
+        if source.dtypes[held].itemsize == 1:
+            raise ValueError(
+                f"{held} of {source.folder} is {str(source.dtypes[held]).removeprefix('torch.')}, whose numbers are "
+                "to be multiplied by scales; save the model in bfloat16 with transformers first."
+            )
     dense = model.get_submodule(name)
     out, inputs = weight_of(dense).shape
     return Matrix(name, key, spec, (out, inputs), isinstance(dense, Conv1D))
