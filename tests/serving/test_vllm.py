@@ -1,5 +1,6 @@
-"""vLLM with our plug-in, in an environment of its own: `CLUSCOMP_VLLM_PYTHON` names its python, which has vllm and this
-package installed. Without it, and without ../shared, these tests skip.
+"""vLLM with our plug-in, in an environment of its own that has vllm and this package installed.
+
+`CLUSCOMP_VLLM_PYTHON` names its python; without it these tests skip.
 """
 
 from __future__ import annotations
