@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="store a scale per channel (default: where it is cheap)",
     )
+    compress.add_argument(
+        "--embeddings",
+        metavar="BITS",
+        type=float,
+        nargs="?",
+        const=True,
+        help="cluster the input embedding and the output head too, at their own true bits (default 5); --bits is that "
+        "of the linear layers inside the blocks",
+    )
     compress.add_argument("--codebook-dtype", default="float16", help="float16 (default), bfloat16 or float32")
     compress.add_argument(
         "--calibration",
@@ -176,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(options: argparse.Namespace) -> None:
     from .compress.checkpoint import compress_checkpoint
+    from .compress.policy import EMBEDDING_BITS
     from .compress.report.verdict import verdict
     from .hf.config import ClusCompQuantizationConfig
 
@@ -184,6 +194,7 @@ def _compress(options: argparse.Namespace) -> None:
         group_size=options.group_size,
         num_clusters=options.num_clusters,
         scales=options.scales,
+        embeddings=EMBEDDING_BITS if options.embeddings is True else options.embeddings,
         codebook_dtype=options.codebook_dtype,
         seed=options.seed,
         quality=options.quality,
@@ -205,8 +216,8 @@ def _compress(options: argparse.Namespace) -> None:
     )
     print(
         f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
-        f"relative error {summary['relative_error']:.4f}, {summary['seconds']:.1f} s, peak memory "
-        f"{summary['peak_memory'] / 1e9:.2f} GB"
+        f"{_embedding_bits(summary)}relative error {summary['relative_error']:.4f}, {summary['seconds']:.1f} s, "
+        f"peak memory {summary['peak_memory'] / 1e9:.2f} GB"
     )
     lines, warnings = verdict(summary, summary["losses"], options.target)
     for line in (*lines, summary["coverage"]):
@@ -226,6 +237,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"matrices": [asdict(entry) for entry in matrices], "totals": totals}))
         return
+    what = "embeddings, " if totals["embedding_bits"] is None else ""
     rows = [("matrix", "shape", "stored as", "true bits", "error")]
     for entry in matrices:
         shape = f"{entry.out_features} x {entry.in_features}"
@@ -248,10 +260,15 @@ def _inspect(options: argparse.Namespace) -> None:
         right = [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
         print("  ".join(left + right))
     print(
-        f"weight files {totals['total_bytes'] / 1e6:.2f} MB, of which {totals['dense_bytes'] / 1e6:.2f} MB are "
-        "embeddings, norms and other tensors left dense"
+        f"{_embedding_bits(totals)}weight files {totals['total_bytes'] / 1e6:.2f} MB, of which "
+        f"{totals['dense_bytes'] / 1e6:.2f} MB are {what}norms and other tensors left dense"
     )
     print(_printable(totals["coverage"]))
+
+
+def _embedding_bits(numbers: dict[str, Any]) -> str:
+    bits = numbers["embedding_bits"]
+    return "" if bits is None else f"embeddings at {bits:.3f} true bits, "
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -306,7 +323,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     per_byte = "" if result.bits_per_byte is None else f" ({result.bits_per_byte:.3f} bits per byte)"
     print(
         f"loss {result.loss:.4f} nats{per_byte}, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
-        f"{result.true_bits:.3f} true bits per weight"
+        f"{result.true_bits:.3f} true bits per weight of the linear layers, {result.all_bits:.3f} of all weights"
     )
     if result.kl is not None and result.agreement is not None:
         print(

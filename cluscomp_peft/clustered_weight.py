@@ -108,7 +108,7 @@ class ClusteredWeight(nn.Module):
     @property
     def true_bits(self) -> float:
         """Bits per weight with codes, codebooks and scales counted."""
-        return self.spec.true_bits(self.in_features, self.out_features, self.codebook.element_size())
+        return 8 * self.stored_bytes() / (self.in_features * self.out_features)
 
     def stored_bytes(self) -> int:
         """Bytes of codes, codebooks and scales."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from .codes import ClusterSpec
 
-__all__ = ["expand", "summarize"]
+__all__ = ["expand", "summarize", "unmatched"]
 
 
 def summarize(specs: Mapping[str, ClusterSpec], all_names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -61,15 +61,25 @@ def expand(table: Mapping[str, Mapping[str, Any]], names: Iterable[str], prefix:
         raise ValueError(f"the layout of the clustered matrices is not readable: {error}") from error
     found = {}
     for name in names:
-        spellings = [name]
-        if prefix:
-            spellings.append(f"{prefix}.{name}")
-            spellings.append(name.removeprefix(f"{prefix}."))
-        for key in spellings + [_pattern(spelling) for spelling in spellings]:
-            if key in specs:
-                found[name] = specs[key]
-                break
+        key = next((key for key in _keys(name, prefix) if key in specs), None)
+        if key is not None:
+            found[name] = specs[key]
     return found
+
+
+def unmatched(table: Mapping[str, Any], names: Iterable[str], prefix: str = "") -> set[str]:
+    """Entries of a table that name no module of the model at hand, such as the head of a model of which only the body
+    is loaded; arguments as in [`expand`]."""
+    return table.keys() - {key for name in names for key in _keys(name, prefix)}
+
+
+def _keys(name: str, prefix: str) -> list[str]:
+    """What a table may call a module, exact names before patterns."""
+    spellings = [name]
+    if prefix:
+        spellings.append(f"{prefix}.{name}")
+        spellings.append(name.removeprefix(f"{prefix}."))
+    return spellings + [_pattern(spelling) for spelling in spellings]
 
 
 def _pattern(name: str) -> str:

@@ -25,7 +25,7 @@ from .offloading import offload_on_error, stored
 from .upstream.accelerate import offload_hook
 from .upstream.peft import original_of
 
-__all__ = ["ClusteredLinear", "count_parameters", "dense_bits"]
+__all__ = ["ClusteredLinear", "all_bits", "count_parameters", "dense_bits"]
 
 
 class ClusteredLinear(ClusteredWeight):
@@ -138,16 +138,20 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     """(bytes, weights) of the linear layers and experts of a model: clustered ones as they are stored, dense ones at
     their dtype.
 
-    The output head counts only where it is clustered: published bits per weight leave it out where it stays dense.
+    Published bits per weight leave out embeddings and the output head. A head counts here only where it is clustered
+    and the embeddings are dense.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = original_of(head) or head
+    embeddings = any(map(_is_embedding, model.modules()))
     fused = [stack.module._parameters[stack.key] for stack in fused_stacks(model)]
     weights = sum(parameter.numel() for parameter in fused)  # type: ignore[union-attr]
     total_bytes = sum(parameter.nbytes for parameter in fused)  # type: ignore[union-attr]
     pending = [model]
     while pending:
         module = pending.pop()
+        if _is_embedding(module) or (embeddings and module is head):
+            continue
         if hasattr(module, "stored_bytes"):
             # A clustered layer, or a tuner layer around one, whose bytes are those after merging.
             total_bytes += module.stored_bytes()
@@ -163,6 +167,39 @@ def dense_bits(model: nn.Module) -> tuple[int, int]:
     return total_bytes, weights
 
 
+def all_bits(model: nn.Module) -> tuple[int, int]:
+    """(bytes, weights) of a whole model: as [`dense_bits`] with embeddings, head, norms and biases; what layers share
+    counts once, and buffers do not count."""
+    total_bytes = weights = 0
+    seen: set[int] = set()
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        own = list(module._parameters.values())
+        if hasattr(module, "stored_bytes"):
+            layer = getattr(module, "base_layer", module)
+            own = [layer._parameters.get("bias")]
+            if not getattr(layer, "is_tied", False):
+                total_bytes += module.stored_bytes()
+                weights += module.in_features * module.out_features
+        elif (original := original_of(module)) is not None:
+            pending.append(original)
+            continue
+        else:
+            pending.extend(module.children())
+        for parameter in own:
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                total_bytes += parameter.numel() * parameter.element_size()
+                weights += parameter.numel()
+    return total_bytes, weights
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether it is a clustered embedding, or a head that shares its tensors."""
+    return isinstance(module, ClusteredWeight) and (module.is_tied or not isinstance(module, ClusteredLinear))
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, a clustered layer counting the weights that it stands for.
 
@@ -171,8 +208,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, ClusteredLinear):
-            total += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
+        if isinstance(module, ClusteredWeight):
+            bias = module._parameters.get("bias")
+            own = 0 if module.is_tied else module.in_features * module.out_features
+            total += own + (0 if bias is None else bias.numel())
             inside.update(id(parameter) for parameter in module.parameters())
         elif getattr(module, "weighs_nothing", False):
             inside.update(id(parameter) for parameter in module.parameters())

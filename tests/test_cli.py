@@ -465,7 +465,8 @@ def test_evaluate_prints_a_line(made, text, capsys):
     assert capsys.readouterr().out == (
         f"loss {result['loss']:.4f} nats ({result['bits_per_byte']:.3f} bits per byte), "
         f"perplexity {result['perplexity']:.3f} over {result['tokens']} tokens, "
-        f"{result['true_bits']:.3f} true bits per weight\n"
+        f"{result['true_bits']:.3f} true bits per weight of the linear layers, "
+        f"{result['all_bits']:.3f} of all weights\n"
     )
 
 

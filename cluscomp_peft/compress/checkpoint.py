@@ -118,7 +118,8 @@ def compress_checkpoint(
             more than one must do so under `if __name__ == "__main__":`, because each imports it.
 
     Returns:
-        `dict`: true_bits, relative_error, bytes, seconds, matrices, losses, and more that the report holds.
+        `dict`: true_bits and relative_error of the linear layers, embedding_bits (None where embeddings stay dense),
+            bytes, seconds, matrices, losses, and more that the report holds.
 
     Raises:
         ValueError: If `target` exists, `source` is compressed already, another run is at work, or model, text and
@@ -193,13 +194,15 @@ def compress_checkpoint(
         )
         dense.refuse_changes()
         join_shards(work, result["shards"])
-        squares = [(entry["squared_error"], entry["squared_norm"]) for entry in result["matrices"].values()]
-        weights = sum(math.prod(entry["shape"]) for entry in result["matrices"].values())
+        embeddings = policy.embeddings_of(model).keys()
+        linear = [entry for name, entry in result["matrices"].items() if name not in embeddings]
+        squares = [(entry["squared_error"], entry["squared_norm"]) for entry in linear]
         summary = {
             "source": source,
             "bits": policy.bits if size is None else None,
             "size": size,
-            "true_bits": 8 * sum(entry["bytes"] for entry in result["matrices"].values()) / weights,
+            "true_bits": _true_bits(linear),
+            "embedding_bits": _true_bits([result["matrices"][name] for name in embeddings]),
             "relative_error": (sum(one for one, _ in squares) / max(sum(two for _, two in squares), 1e-30)) ** 0.5,
             "bytes": weight_bytes(work),
             "clustered_bytes": sum(entry["bytes"] for entry in result["matrices"].values()),
@@ -211,7 +214,7 @@ def compress_checkpoint(
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
-            "coverage": policy.coverage(model, layers),
+            "coverage": policy.coverage(model, specs),
         }
         pooled = [name for name, entry in result["matrices"].items() if entry.get("pooled")]
         if pooled:  # experts that too few tokens reached
@@ -226,6 +229,11 @@ def compress_checkpoint(
         "matrices": len(result["matrices"]),
         "losses": result["losses"],
     }
+
+
+def _true_bits(matrices: list[dict[str, Any]]) -> float | None:
+    weights = sum(math.prod(entry["shape"]) for entry in matrices)
+    return 8 * sum(entry["bytes"] for entry in matrices) / weights if weights else None
 
 
 def _finish(

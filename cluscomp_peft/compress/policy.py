@@ -5,6 +5,7 @@ get_peft_model on a dense model        ClusCompConfig.policy
 cluscomp plan                          that of the quantization config
 
 targets(model)      which layers are clustered                 spec_for(name, out, in)     how a matrix is stored
+embeddings_of(model)  and which embeddings and heads           embedding_specs(model)      how these are stored
 coverage(model)     how much that is, and what stays dense     cluster(name, layer, spec)  K-means of one matrix
 """
 
@@ -24,6 +25,7 @@ from ..dense import weight_of
 from ..linear import ClusteredLinear
 from .budget.allocation import choose_spec
 from .budget.coverage import coverage_line
+from .budget.embeddings import Vocabulary, vocabularies
 from .budget.targets import (
     default_targets,
     dense_linears,
@@ -33,9 +35,18 @@ from .budget.targets import (
 )
 from .matrix.cluster import cut_into_vectors
 
-__all__ = ["CODEBOOK_DTYPES", "DEFAULT_BITS", "DTYPE_IN_MEMORY", "DTYPE_ON_DISK", "WITHOUT_TEXT", "Policy"]
+__all__ = [
+    "CODEBOOK_DTYPES",
+    "DEFAULT_BITS",
+    "DTYPE_IN_MEMORY",
+    "DTYPE_ON_DISK",
+    "EMBEDDING_BITS",
+    "WITHOUT_TEXT",
+    "Policy",
+]
 
 DEFAULT_BITS = 4.0
+EMBEDDING_BITS = 5.0  # where a user asks for clustered embeddings and names no bits
 CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # The two defaults of `codebook_dtype`. A checkpoint has one dtype for all codebooks, whatever dtypes its layers have,
@@ -71,6 +82,8 @@ class Policy:
         target_modules (`tuple[str]`, *optional*): Names, or ends of names, of the layers to cluster, or of parameters
             that hold the experts of a mixture. None: every linear layer and expert inside the blocks.
         exclude_modules (`tuple[str]`): Names, or ends of names, of layers to leave dense.
+        embeddings (`float`, *optional*): True bits per weight of the input embedding and the output head, whatever
+            the linear layers get; tied ones are stored once. None: they stay dense.
         cap_clusters (`bool`): Where `num_clusters` is more than the groups of a matrix, take as many as there are
             groups, which loses nothing, instead of refusing the matrix.
 
@@ -88,6 +101,7 @@ class Policy:
     seed: int = 0
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
+    embeddings: float | None = None
     cap_clusters: bool = False
 
     def __post_init__(self) -> None:
@@ -97,8 +111,10 @@ class Policy:
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise ValueError(f"{name} must be a whole number, got {value!r}.")
-        if self.bits is not None and (isinstance(self.bits, bool) or not isinstance(self.bits, (int, float))):
-            raise ValueError(f"bits must be a number, got {self.bits!r}.")
+        for name in ("bits", "embeddings"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
         if (self.group_size is None) != (self.num_clusters is None):
             raise ValueError(
                 f"group_size and num_clusters go together, got group_size={self.group_size} and "
@@ -106,11 +122,13 @@ class Policy:
             )
         if self.group_size is not None and self.num_clusters is not None:
             ClusterSpec(self.group_size, self.num_clusters)
-        if self.bits is not None and not 1 <= self.bits <= 8:
-            raise ValueError(
-                f"bits must be between 1 and 8 (true bits per weight, codebooks included), got {self.bits}; leave it "
-                f"out for {DEFAULT_BITS:g}."
-            )
+        for name, usual in (("bits", DEFAULT_BITS), ("embeddings", None)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 8:
+                cure = "" if usual is None else f"; leave it out for {usual:g}"
+                raise ValueError(
+                    f"{name} must be between 1 and 8 (true bits per weight, codebooks included), got {value}{cure}."
+                )
         if not isinstance(self.codebook_dtype, str) or self.codebook_dtype not in ("auto", *CODEBOOK_DTYPES):
             known = ", ".join(("auto", *CODEBOOK_DTYPES))
             raise ValueError(f"codebook_dtype must be one of {known}, got {self.codebook_dtype!r}.")
@@ -141,10 +159,32 @@ class Policy:
         refuse_some_experts(model, chosen)
         return chosen
 
+    def embeddings_of(self, model: nn.Module) -> dict[str, Vocabulary]:
+        """The weights of input embedding and output head to cluster, by the name under which each is stored; none
+        where the policy leaves them dense.
+
+        Raises:
+            ValueError: If the model has none that can be clustered.
+        """
+        if self.embeddings is None:
+            return {}
+        found = vocabularies(model)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no embedding that can be clustered; leave out embeddings.")
+        return {
+            entry.name: entry
+            for entry in found
+            if not any(_matches(name, self.exclude_modules) for name in (entry.name, *entry.tied))
+        }
+
     def coverage(self, model: nn.Module, names: Collection[str]) -> str:
         """One line: how much of a dense model is clustered where the layers `names` are, and why the rest is not."""
         excluded = {name for name, _ in dense_linears(model) if _matches(name, self.exclude_modules)}
-        return coverage_line(model, set(names), excluded=excluded)
+        entries = [entry for name, entry in self.embeddings_of(model).items() if name in names]
+        tied = [name for entry in entries for name in entry.tied]
+        line = coverage_line(model, {*names, *tied}, excluded=excluded)
+        shown = [" = ".join((entry.name, *entry.tied)) for entry in entries]
+        return f"{line}; embeddings clustered: {', '.join(shown)}" if shown else line
 
     # -- how each is stored
 
@@ -188,6 +228,25 @@ class Policy:
             weight = weight_of(layer)
             out_features, in_features = weight.shape
             found[name] = self.spec_for(name, out_features, in_features, self.codebook_dtype_for(weight))
+        return found
+
+    def embedding_specs(self, model: nn.Module) -> dict[str, ClusterSpec]:
+        """How each of the [`embeddings_of`] a model is stored, by name.
+
+        Raises:
+            ValueError: If it has none, or one does not fit the bits.
+        """
+        found = {}
+        for name, entry in self.embeddings_of(model).items():
+            weight = weight_of(entry.module)
+            found[name] = choose_spec(
+                weight.shape[1],
+                weight.shape[0],
+                bits=self.embeddings,
+                scales=True,  # half the loss of SmolLM2 at 4 bits, for 0.03 of them
+                codebook_itemsize=self.codebook_dtype_for(weight).itemsize,
+                name=name,
+            )
         return found
 
     # -- clustering one

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def specs_of_run(
     if "specs" in journal.content:
         return {name: ClusterSpec(**fields) for name, fields in journal.content["specs"].items()}
     started = time.perf_counter()
+    embeddings = policy.embedding_specs(model)
     if policy.size is None and (given is None or policy.group_size is not None):
         specs = policy.specs(model)
     else:
@@ -56,7 +58,10 @@ def specs_of_run(
             sensitivity = with_floor(sensitivity, weights)
         demands = {name: Demand(inputs, out, sensitivity[name]) for name, (out, inputs) in shapes.items()}
         if policy.size is not None:
-            budget = policy.size - _other_bytes(model, layers, dense, dtype, journal.folder)
+            budget = policy.size - _other_bytes([*layers, *embeddings], dense, dtype, journal.folder)
+            for name, spec in embeddings.items():
+                vocabulary, hidden = weight_of(model.get_submodule(name)).shape
+                budget -= spec.num_bytes(hidden, vocabulary, CODEBOOK_DTYPES[policy.codebook_dtype].itemsize)
         else:
             assert policy.bits is not None
             budget = int(policy.bits * sum(weights.values()) / 8)
@@ -68,15 +73,17 @@ def specs_of_run(
                 raise
             raise ValueError(
                 f"a size of {policy.size} bytes is out of reach: {policy.size - budget} bytes are taken by tensors "
-                f"that stay dense (--dtype can narrow them), tokenizer and reports, and {error}"
+                f"that stay dense (--dtype can narrow them, --embeddings cluster the largest), embeddings, tokenizer "
+                f"and reports, and {error}"
             ) from error
+    specs |= embeddings
     journal.commit(
         specs={name: spec.to_dict() for name, spec in specs.items()}, measured=time.perf_counter() - started
     )
     return specs
 
 
-def _other_bytes(model: Any, layers: dict[str, Any], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
+def _other_bytes(layers: Collection[str], dense: DenseCheckpoint, dtype: torch.dtype, work: str) -> int:
     """Bytes of the folder that are no clustered matrix: dense tensors, file headers, tokenizer, config, reports."""
     keys = [dense.weight_key(name) for name in layers]
     clustered = {held for key in keys if key is not None for held in dense.keys_of(key)}

@@ -27,6 +27,7 @@ from ..compress.architecture import check_generation_config, empty_model, stored
 from ..compress.stream.headers import check_folder, weight_files
 from ..compress.stream.source import PARTS, DenseCheckpoint
 from ..dense import is_dense_linear, weight_shape
+from ..embedding import is_dense_embedding
 from ..hf.config import ClusCompQuantizationConfig
 from ..hf.reading import check_tensors, stored_specs
 from ..hf.refusals import refuse_non_finite
@@ -38,7 +39,7 @@ __all__ = ["MergedCheckpoint", "Opened", "open_checkpoint"]
 
 
 class Layer(NamedTuple):
-    """A linear layer whose weight is made instead of read: its name, [out, in], and whether it is a Conv1D."""
+    """A layer whose weight is made instead of read: its name, [out, in], and whether it is a Conv1D."""
 
     name: str
     shape: tuple[int, int]
@@ -282,7 +283,7 @@ def open_checkpoint(source: str, adapter: str | None = None, dtype: str = "auto"
 
 def _layer(model: nn.Module, name: str) -> Layer:
     module = model.get_submodule(name)
-    assert is_dense_linear(module)
+    assert is_dense_linear(module) or is_dense_embedding(module)
     return Layer(name, weight_shape(module), isinstance(module, Conv1D))
 
 

@@ -14,6 +14,7 @@ from ..compress.policy import CODEBOOK_DTYPES, DTYPE_ON_DISK, Policy
 __all__ = ["FORMAT_VERSION", "ClusCompQuantizationConfig"]
 
 FORMAT_VERSION = 1
+_EMBEDDINGS_VERSION = 2  # what reads version 1 alone would take clustered embeddings for missing ones
 
 
 @dataclass
@@ -34,7 +35,9 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
         target_modules (`list[str]`, *optional*): Names, or ends of names, of the layers to cluster. None: every linear
             layer but the output head.
         exclude_modules (`list[str]`, *optional*): Names, or ends of names, of layers to leave dense.
-        version (`int`): Of the format.
+        embeddings (`float`, *optional*): True bits per weight of the input embedding and the output head, whatever
+            `bits` says; tied ones are stored once. None: they stay dense.
+        version (`int`): Of the format: 1, or 2 where embeddings are clustered. Filled in.
         layout (`dict`): Name patterns of the clustered matrices and how each is stored; see `cluscomp_peft.layout`.
             Filled in by the quantizer.
         fingerprint (`str`, *optional*): Digest of all codes. Filled in by the quantizer, checked when loading.
@@ -52,17 +55,21 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
     quality: str = "default"
     target_modules: list[str] | None = None
     exclude_modules: list[str] | None = None
+    embeddings: float | None = None
     version: int = FORMAT_VERSION
     layout: dict[str, dict[str, Any]] = field(default_factory=dict)
     fingerprint: str | None = None
     quant_method: str = "cluscomp"
 
     def __post_init__(self) -> None:
-        if self.version != FORMAT_VERSION:
+        if self.version not in (FORMAT_VERSION, _EMBEDDINGS_VERSION):
             raise ValueError(
                 f"this checkpoint has version {repr(self.version)[:40]} of the ClusComp format, but this "
-                f"cluscomp_peft reads version {FORMAT_VERSION}; upgrade cluscomp_peft, or compress the model again."
+                f"cluscomp_peft reads versions up to {_EMBEDDINGS_VERSION}; upgrade cluscomp_peft, or compress the "
+                "model again."
             )
+        if self.embeddings is not None:
+            self.version = _EMBEDDINGS_VERSION
         tables = isinstance(self.layout, dict) and all(isinstance(entry, dict) for entry in self.layout.values())
         if not tables:
             raise ValueError(
@@ -93,6 +100,7 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
             seed=self.seed,
             target_modules=None if self.target_modules is None else tuple(self.target_modules),
             exclude_modules=tuple(self.exclude_modules or ()),
+            embeddings=self.embeddings,
         )
 
     @property

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..linear import dense_bits
+from ..linear import all_bits, dense_bits
 
 __all__ = ["Evaluation", "evaluate", "true_bits"]
 
@@ -21,15 +21,17 @@ class Evaluation:
     """What a model makes of a text.
 
     loss: mean, in nats per predicted token. perplexity: its exponential. tokens: predicted ones. true_bits: per
-    weight. bits_per_byte: the loss in bits per byte of UTF-8, which models with different tokenizers share; None
-    without a tokenizer. kl: Kullback-Leibler divergence from the teacher to the model, mean in nats per token, and
-    agreement: the share of tokens that both hold to be the likeliest; None without a teacher.
+    weight of the linear layers, and all_bits: with embeddings, head, norms and biases. bits_per_byte: the loss in bits
+    per byte of UTF-8, which models with different tokenizers share; None without a tokenizer. kl: Kullback-Leibler
+    divergence from the teacher to the model, mean in nats per token, and agreement: the share of tokens that both hold
+    to be the likeliest; None without a teacher.
     """
 
     loss: float
     perplexity: float
     tokens: int
     true_bits: float
+    all_bits: float
     bits_per_byte: float | None = None
     kl: float | None = None
     agreement: float | None = None
@@ -76,11 +78,13 @@ def evaluate(
                 divergence += float(F.kl_div(logits, wanted, reduction="sum", log_target=True))
     model.train(was_training)
     loss = total / tokens
+    bytes_of_all, weights_of_all = all_bits(model)
     return Evaluation(
         loss,
         math.exp(min(loss, 700)),
         tokens,
         true_bits(model),
+        8 * bytes_of_all / max(weights_of_all, 1),
         bits_per_byte=total / math.log(2) / size if size else None,
         kl=None if teacher is None else divergence / tokens,
         agreement=None if teacher is None else agreed / tokens,

@@ -28,19 +28,21 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from ..clustered_weight import ClusteredWeight, clustered_weights
 from ..codes import ClusterSpec, combine_fingerprints
 from ..compress.policy import WITHOUT_TEXT
 from ..compress.stream.pipeline import TOGETHER
 from ..dense import weight_of
 from ..expert_weights import layer_name
 from ..experts import ExpertStack, fuse, unfuse, unfuse_stack
-from ..layout import summarize
+from ..layout import summarize, unmatched
 from ..linear import ClusteredLinear
 from ..offloading import hooks_of
 from ..upstream.accelerate import device_map_of, kept_weights, offload_hook, state_dict_of_offloaded
 from ..upstream.peft import keep_dtypes
 from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
 from .config import ClusCompQuantizationConfig
+from .embeddings import forget_embeddings, place_embedding
 from .reading import check_tensors, stored_specs
 from .refusals import (
     refuse_adapters,
@@ -65,6 +67,9 @@ class ClusCompHfQuantizer(HfQuantizer):
         self._specs: dict[str, ClusterSpec] = {}
         # Parameters of experts to be clustered on the fly, by name.
         self._stacks: dict[str, ExpertStack] = {}
+        # Embeddings and heads clustered on the fly wait here until all is loaded.
+        self._vocabulary: dict[str, ClusteredLinear] = {}
+        self._embeddings: set[str] = set()
         # What clustering on the fly did to each matrix: true_bits, squared_error, squared_norm, seconds.
         self.report: dict[str, dict[str, float]] = {}
         self._progress: tqdm | None = None
@@ -115,7 +120,8 @@ class ClusCompHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             refuse_packed(kwargs.get("checkpoint_files") or [])
             stacks = unfuse(model)
-            self._specs = config.policy.specs(model)
+            self._specs = {**config.policy.specs(model), **config.policy.embedding_specs(model)}
+            self._embeddings = set(config.policy.embeddings_of(model))
             total = sum(model.get_submodule(name).weight.numel() for name in self._specs)
             self._stacks = {stack.name: stack for stack in stacks if layer_name(stack.name, 0) in self._specs}
             fuse(model)  # the loader knows the parameter
@@ -126,6 +132,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         self._specs = stored_specs(model, config)
         layers = {name: model.get_submodule(name) for name in self._specs}
         check_tensors(kwargs.get("checkpoint_files") or [], config, layers, self._specs, model.base_model_prefix)
+        entries = config.policy.embeddings_of(model)
         for name, spec in self._specs.items():
             dense = layers[name]
             out_features, in_features = weight_of(dense).shape
@@ -133,11 +140,14 @@ class ClusCompHfQuantizer(HfQuantizer):
                 in_features,
                 out_features,
                 spec,
-                bias=dense.bias is not None,
+                bias=getattr(dense, "bias", None) is not None,
                 codebook_dtype=config.dtype,
                 dtype=dense.weight.dtype,
                 conv1d=isinstance(dense, Conv1D),
             )
+            if name in entries:
+                place_embedding(model, entries[name], clustered)
+                continue
             if _stays_fp32(model, name, dense.weight.dtype):
                 clustered.weight_dtype = torch.float32
             model.set_submodule(name, clustered)
@@ -150,7 +160,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         self._model = weakref.ref(model)
         absent = [
             f"{name}.{key}"
-            for name, module in clustered_linears(model)
+            for name, module in clustered_weights(model)
             for key, parameter in module._parameters.items()
             if self.pre_quantized and key != "bias" and parameter is not None and not _arrived(module, key, parameter)
         ]
@@ -160,7 +170,7 @@ class ClusCompHfQuantizer(HfQuantizer):
                 f"the compressed checkpoint is incomplete, it lacks {shown}; download or compress it again."
             )
         if not self.pre_quantized:
-            self._collect(model, 0)
+            self._cluster_embeddings(model)
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(WITHOUT_TEXT, file=sys.stderr)
             if self._progress is not None:
@@ -170,15 +180,17 @@ class ClusCompHfQuantizer(HfQuantizer):
                 raise self.failure
             self._record(model)
             return model
-        refuse_non_finite(clustered_linears(model))
+        refuse_non_finite(clustered_weights(model))
         self.hooks = hooks_of(model)
-        for name, module in clustered_linears(model):
+        for name, module in clustered_weights(model):
             if module.has_stray_codes():
                 raise ValueError(
                     f"{name}.codes names centroids beyond the {module.spec.num_clusters} of its codebook: the "
                     "checkpoint is damaged, or was made to be. Download or compress it again."
                 )
-        if config.fingerprint is not None:
+        names = [name for name, _ in model.named_modules()]
+        whole = not unmatched(config.layout, names, getattr(model, "base_model_prefix", ""))
+        if config.fingerprint is not None and whole:
             found = model_fingerprint(model)
             if found not in (None, config.fingerprint):
                 raise ValueError(
@@ -215,7 +227,8 @@ class ClusCompHfQuantizer(HfQuantizer):
     def _cluster(self, name: str, dense: nn.Module, threads: int) -> tuple[ClusteredLinear, dict[str, float]]:
         """The clustered layer and its report."""
         config, started = self.quantization_config, time.perf_counter()
-        layer = config.policy.cluster(name, dense, self._specs[name], threads=threads)
+        source = weight_of(dense) if name in self._embeddings else dense
+        layer = config.policy.cluster(name, source, self._specs[name], threads=threads)
         weight = weight_of(dense).float()
         return layer, {
             "true_bits": layer.true_bits,
@@ -233,13 +246,28 @@ class ClusCompHfQuantizer(HfQuantizer):
             except Exception as error:
                 self.failure = self.failure or error
                 continue
-            layer.bias = dense.bias  # it may have been read after the weight
             for key, parameter in layer._parameters.items():
                 if key != "bias" and parameter is not None:
                     mark_loaded(parameter)
-            model.set_submodule(name, layer)
+            if name in self._embeddings:
+                self._vocabulary[name] = layer
+            else:
+                layer.bias = dense.bias  # it may have been read after the weight
+                model.set_submodule(name, layer)
             if self._progress is not None:
                 self._progress.update(weight_of(dense).numel())
+
+    def _cluster_embeddings(self, model: nn.Module) -> None:
+        """Puts embeddings and heads in place, when all weights are loaded and what is tied is known."""
+        entries = self.quantization_config.policy.embeddings_of(model)
+        self._specs.update(self.quantization_config.policy.embedding_specs(model))
+        self._embeddings = set(entries)
+        begun = {*self._vocabulary, *(name for name, *_ in self._jobs)}
+        for name in entries.keys() - begun if self.failure is None else ():
+            self.submit(model, name, entries[name].module)  # its file had the weight under another name
+        self._collect(model, 0)
+        for name, entry in entries.items() if self.failure is None else ():
+            place_embedding(model, entry, self._vocabulary.pop(name))
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # save_pretrained() asks before it writes config.json; merging may have changed how matrices are stored.
@@ -272,19 +300,22 @@ class ClusCompHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        refuse_adapters(name for name, _ in clustered_linears(model))
+        refuse_adapters(name for name, _ in clustered_weights(model))
         if isinstance(dtype, str):  # as the config of a model that was saved has it
             dtype = getattr(torch, dtype)
-        for name, module in list(clustered_linears(model)):
-            model.set_submodule(name, module.to_dense(dtype or model.dtype))
+        dtype = dtype or model.dtype  # before the first layer is replaced
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ClusteredWeight)]
+        for name, module in layers:
+            model.set_submodule(name, module.to_dense(dtype))
         fuse(model)
+        forget_embeddings(model)
         return model
 
     def _record(self, model: nn.Module) -> None:
         """Writes what the model holds now into its quantization config."""
-        specs = {name.removesuffix(".base_layer"): module.spec for name, module in clustered_linears(model)}
+        specs = {name.removesuffix(".base_layer"): module.spec for name, module in clustered_weights(model)}
         names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
-        dtypes = {str(module.codebook.dtype).removeprefix("torch.") for _, module in clustered_linears(model)}
+        dtypes = {str(module.codebook.dtype).removeprefix("torch.") for _, module in clustered_weights(model)}
         if len(dtypes) > 1:
             raise ValueError(
                 f"the codebooks of this model have several dtypes ({', '.join(sorted(dtypes))}), but a checkpoint has "
@@ -343,14 +374,9 @@ def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return not kept_in_fp32(model, dtype).isdisjoint(name.split("."))
 
 
-def clustered_linears(model: nn.Module) -> list[tuple[str, ClusteredLinear]]:
-    """(name, layer) of every clustered layer, in the order of the model."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ClusteredLinear)]
-
-
 def model_fingerprint(model: nn.Module) -> str | None:
     """Digest of the codes of every clustered layer; None if some are offloaded and were never seen."""
-    return combine_fingerprints(module.fingerprint() for _, module in clustered_linears(model))
+    return combine_fingerprints(module.fingerprint() for _, module in clustered_weights(model))
 
 
 def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:

@@ -18,6 +18,7 @@ from ..compress.architecture import empty_model
 from ..compress.report.record import read_report
 from ..compress.stream.headers import check_folder, read_headers, weight_bytes, weight_files
 from ..dense import is_dense_linear, weight_shape
+from ..embedding import is_dense_embedding
 from ..experts import unfuse
 from ..layout import expand
 from ..upstream.transformers import renaming_of
@@ -47,8 +48,9 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
         path (`str`): Folder or hub id.
 
     Returns:
-        A [`MatrixReport`] for each clustered matrix, and totals: weights, true_bits, clustered_bytes, dense_bytes,
-        total_bytes, relative_error, coverage.
+        A [`MatrixReport`] for each clustered matrix, and totals: weights and true_bits of linear layers,
+        embedding_bits (None where embeddings are dense), clustered_bytes of both, dense_bytes, total_bytes,
+        relative_error, coverage.
 
     Raises:
         ValueError: If it is no ClusComp checkpoint, or a file is damaged.
@@ -72,7 +74,9 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
     errors = {name: _error(entry) for name, entry in report["matrices"].items()}
     itemsize = quantization.dtype.itemsize
     matrices = []
-    clustered_bytes = weights = 0
+    embeddings = quantization.policy.embeddings_of(model).keys()
+    sizes: dict[bool, int] = {True: 0, False: 0}  # of embeddings and heads, and of linear layers
+    weights = dict(sizes)
     specs = expand(quantization.layout, layers, model.base_model_prefix)
     check_tensors(weight_files(folder), quantization, layers, specs, model.base_model_prefix)
     for name, spec in specs.items():
@@ -80,17 +84,18 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
             raise ValueError(f"{path} lacks {name}.codes; it is incomplete, download or compress it again.")
         out_features, in_features = weight_shape(layers[name])
         size = spec.num_bytes(in_features, out_features, itemsize)
-        clustered_bytes += size
-        weights += in_features * out_features
+        sizes[name in embeddings] += size
+        weights[name in embeddings] += in_features * out_features
         words = f"g={spec.group_size} n={spec.num_clusters}"
         words += f" blocks={spec.num_blocks}" if spec.num_blocks > 1 else ""
         words += " scales" if spec.scale_in or spec.scale_out else ""
         bits = spec.true_bits(in_features, out_features, itemsize)
         matrices.append(MatrixReport(name, out_features, in_features, words, bits, errors.get(name)))
-    total = weight_bytes(folder)
+    total, clustered_bytes = weight_bytes(folder), sum(sizes.values())
     totals = {
-        "weights": weights,
-        "true_bits": 8 * clustered_bytes / max(weights, 1),
+        "weights": weights[False],
+        "true_bits": 8 * sizes[False] / max(weights[False], 1),
+        "embedding_bits": 8 * sizes[True] / weights[True] if weights[True] else None,
         "clustered_bytes": clustered_bytes,
         "dense_bytes": total - clustered_bytes,
         "total_bytes": total,
@@ -101,13 +106,13 @@ def inspect_checkpoint(path: str) -> tuple[list[MatrixReport], dict[str, Any]]:
 
 
 def stored_specs(model: nn.Module, config: ClusCompQuantizationConfig) -> dict[str, ClusterSpec]:
-    """Which linear layers of a dense model a compressed checkpoint has in codes, and how each is stored; experts are
-    some once they are taken apart.
+    """Which linear layers and embeddings of a dense model a compressed checkpoint has in codes, and how each is
+    stored; experts are some once they are taken apart.
 
     Raises:
         ValueError: If there are none.
     """
-    names = [name for name, module in model.named_modules() if is_dense_linear(module)]
+    names = [name for name, module in model.named_modules() if is_dense_linear(module) or is_dense_embedding(module)]
     specs = expand(config.layout, names, getattr(model, "base_model_prefix", ""))
     if not specs:
         raise ValueError(
@@ -152,10 +157,14 @@ def check_tensors(
     floats = _DTYPES[config.codebook_dtype]
     for name, spec in specs.items():
         out_features, in_features = weight_shape(layers[name])
+        scale_in = floats
+        if is_dense_embedding(layers[name]):  # which has it in the dtype of the model, whatever that was
+            kept = headers.get(f"{spelled[name]}.scale_in")
+            scale_in = kept.dtype if kept is not None and kept.dtype in _DTYPES.values() else floats
         wanted: dict[str, tuple[tuple[int, ...], str] | None] = {
             "codes": ((in_features, spec.code_bytes(out_features)), "U8"),
             "codebook": ((spec.num_blocks, spec.num_clusters, spec.group_size), floats),
-            "scale_in": ((in_features,), floats) if spec.scale_in else None,
+            "scale_in": ((in_features,), scale_in) if spec.scale_in else None,
             "scale_out": ((out_features,), floats) if spec.scale_out else None,
             "weight": None,
         }

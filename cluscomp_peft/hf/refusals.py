@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..clustered_weight import ClusteredWeight
 from ..compress.stream.headers import read_headers
-from ..linear import ClusteredLinear
 from ..offloading import stored
 from ..upstream.peft import has_tuner_layers
 from ..upstream.transformers import tensor_parallel_size
@@ -40,7 +40,7 @@ def refuse_adapters(names: Iterable[str]) -> None:
             )
 
 
-def refuse_non_finite(layers: Iterable[tuple[str, ClusteredLinear]]) -> None:
+def refuse_non_finite(layers: Iterable[tuple[str, ClusteredWeight]]) -> None:
     """Raises a ValueError if codebooks or scales that a checkpoint brought have NaN or infinite values."""
     for name, layer in layers:
         for key in ("codebook", "scale_in", "scale_out"):

@@ -1,6 +1,7 @@
 """The ops of the method: a weight is decoded, multiplied and trained straight from its codes and codebook.
 
     functional       what the package calls: decode, linear, adapted_linear, codebook_grad, has_stray_codes, round_to
+    rows             decode_rows, for embeddings
     checks             their arguments
     packed_weight      `PackedWeight` and an adapter's `Numbers`, which they take
     schema           the ops of torch.library: schemas, fakes, autograd
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from .functional import adapted_linear, codebook_grad, decode, has_stray_codes, linear, round_to
 from .packed_weight import Numbers, PackedWeight
+from .rows import decode_rows
 
 __all__ = [
     "Numbers",
@@ -22,6 +24,7 @@ __all__ = [
     "adapted_linear",
     "codebook_grad",
     "decode",
+    "decode_rows",
     "has_stray_codes",
     "linear",
     "round_to",

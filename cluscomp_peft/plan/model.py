@@ -149,12 +149,21 @@ class Model:
             specs = stored_specs(self.model, self.quantization)
         else:
             specs = replace(self.quantization.policy, bits=bits).specs(self.model)
+        vocabulary = self.quantization.policy.embeddings_of(self.model) if self.compressed else {}
         weights = 0
         tensors: list[Tensor] = []
         counted: dict[tuple, list[Tensor]] = {}
         for name, spec in specs.items():
             dense = self.model.get_submodule(name)
             out_features, in_features = weight_of(dense).shape
+            if name in vocabulary:  # which takes no adapter
+                layer = ClusteredLinear(
+                    in_features, out_features, spec, codebook_dtype=self.quantization.dtype, device="meta"
+                )
+                weights += in_features * out_features
+                place = -1 if isinstance(dense, nn.Embedding) else len(self.blocks)
+                tensors += [tensor._replace(place=place) for tensor in _frozen(layer)]
+                continue
             if self.settings.num_blocks is not None and self.settings.num_blocks > in_features:
                 raise ValueError(
                     f"num_blocks={self.settings.num_blocks} is more than the {in_features} input channels of {name}; "
@@ -302,11 +311,16 @@ def _tensor(place: int, kind: str, parameter: torch.Tensor, itemsize: int) -> Te
     return Tensor(place, kind, parameter.shape[0] if parameter.dim() else 1, parameter.numel(), itemsize)
 
 
-def _tensors(layer: ClusCompLinear) -> Iterator[Tensor]:
-    """The tensors of a layer as it is finetuned, its bias left out."""
-    for name, parameter in layer.base_layer.named_parameters():
+def _frozen(layer: ClusteredLinear) -> Iterator[Tensor]:
+    """The tensors of a clustered layer, its bias left out."""
+    for name, parameter in layer.named_parameters():
         if name != "bias":
             yield _tensor(-1, "codes" if name == "codes" else "codebooks", parameter, parameter.itemsize)
+
+
+def _tensors(layer: ClusCompLinear) -> Iterator[Tensor]:
+    """The tensors of a layer as it is finetuned, its bias left out."""
+    yield from _frozen(layer.base_layer)
     for parameter in layer.parameters():
         if parameter.requires_grad:
             yield _tensor(-1, "deltas", parameter, parameter.itemsize)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..clustered_weight import ClusteredWeight
 from ..codes import ClusterSpec
 from ..compress.budget.called import computed_with, handed_to_kernels
 from ..compress.matrix.cluster import check_finite, check_range
@@ -48,6 +49,9 @@ def check_task(model: nn.Module, config: ClusCompConfig) -> None:
         )
 
 
+_DENSE_EMBEDDINGS = "compress the model without --embeddings, or call model.dequantize() for a dense one."
+
+
 def check_layers(
     model: nn.Module,
     config: ClusCompConfig,
@@ -78,10 +82,15 @@ def check_layers(
         )
     _refuse_not_called(model, layers, is_new)
     for name, module in model.named_modules():
-        if isinstance(module, ClusteredLinear) and is_saved_whole(config, name):
+        if isinstance(module, ClusteredWeight) and is_saved_whole(config, name):
+            cure = _DENSE_EMBEDDINGS if _is_vocabulary(module) else "leave it to target_modules."
             raise ValueError(
-                f"modules_to_save names {name}, which is clustered and has no weight to train whole; leave it to "
-                "target_modules."
+                f"modules_to_save names {name}, which is clustered and has no weight to train whole; {cure}"
+            )
+        if isinstance(module, ClusteredWeight) and _is_vocabulary(module) and config.trainable_token_indices:
+            raise ValueError(
+                f"trainable_token_indices={config.trainable_token_indices!r} trains rows of {name}, which is "
+                f"clustered and has none; {_DENSE_EMBEDDINGS}"
             )
         # What hooks bring and take away again would be trained in a copy that is thrown away.
         away = offload_hook(module) is not None
@@ -105,6 +114,11 @@ def check_layers(
                 )
             if config.clusters and module.dense_born and is_new:
                 _check_same_codes(name, module, config)
+        elif isinstance(module, ClusteredWeight) and _is_vocabulary(module):
+            raise ValueError(
+                f"target_modules names {name}, a clustered embedding or a head that shares its codes, which take no "
+                "adapter; leave it out of target_modules."
+            )
         elif isinstance(module, ClusteredLinear):
             if config.base == "dense":
                 raise ValueError(
@@ -149,6 +163,11 @@ def check_layers(
             "bits.",
             stacklevel=2,
         )
+
+
+def _is_vocabulary(layer: ClusteredWeight) -> bool:
+    """Whether it is an embedding, or a head that has no codes of its own."""
+    return layer.is_tied or not isinstance(layer, ClusteredLinear)
 
 
 def check_weight(name: str, module: nn.Module, config: ClusCompConfig) -> None:

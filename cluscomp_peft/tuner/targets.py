@@ -21,7 +21,7 @@ __all__ = ["default_targets", "expert_targets", "matched_layers"]
 
 
 def default_targets(model: nn.Module, config: ClusCompConfig) -> set[str]:
-    """Names of every clustered layer, or on a dense model of every linear layer but heads, that the model calls.
+    """Names of every clustered layer, or on a dense model of every linear layer, that the model calls, heads left out.
 
     Filtered by the config's `layers_to_transform`, which PEFT does not apply to full names.
 
@@ -34,6 +34,7 @@ def default_targets(model: nn.Module, config: ClusCompConfig) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, ClusteredLinear) and name.removesuffix(".base_layer") not in layers
     }
+    layers -= {weight.name for weight in dense_targets.linear_weights(model) if weight.reason == dense_targets.HEAD}
     if not layers:
         layers = set(dense_targets.default_targets(model))
     layers -= computed_with(model).keys() | handed_to_kernels(model).keys()

@@ -7,7 +7,7 @@ The models of transformers take seconds to import, so nothing here imports them 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ __all__ = [
     "renaming_of",
     "sources_of",
     "tensor_parallel_size",
+    "tie_other_names",
+    "tie_weights_again",
     "tied_weights",
     "tokens_are_counted",
     "use_implementation",
@@ -169,6 +171,55 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     does not find the weights that a checkpoint stores once.
     """
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def tie_other_names(model: nn.Module, weights: Collection[str], names: Sequence[str]) -> None:
+    """Says that in place of weights that are tied to others, parameters of other names are tied, one by one.
+
+    A model keeps what is tied in `all_tied_weights_keys`, which its loader reads, and each model inside of it in
+    `_tied_weights_keys`, from which `get_expanded_tied_weights_keys` makes the former anew and by which
+    `save_pretrained` chooses among names of a tensor. If they are kept elsewhere, a model with a clustered embedding
+    is not loaded or not saved.
+
+    Args:
+        model: Of transformers; dense or clustered.
+        weights: Names of the weights that are tied to others, such as "lm_head.weight".
+        names: What stands in the place of "weight", such as "codes".
+    """
+    from transformers import PreTrainedModel
+
+    def renamed(tied: dict[str, str], prefix: str) -> dict[str, str]:
+        found = {}
+        for target, source in tied.items():
+            if f"{prefix}{target}" in weights:
+                owners = target.removesuffix("weight"), source.removesuffix("weight")
+                found.update({owners[0] + name: owners[1] + name for name in names})
+            else:
+                found[target] = source
+        return found
+
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel):
+            prefix = f"{path}." if path else ""
+            if part._tied_weights_keys:
+                own = part.get_expanded_tied_weights_keys() or part._tied_weights_keys
+                part._tied_weights_keys = renamed(own, prefix)
+            part.all_tied_weights_keys = renamed(part.all_tied_weights_keys, prefix)
+
+
+def tie_weights_again(model: nn.Module) -> None:
+    """Undoes [`tie_other_names`] for a model that is dense again, and ties its weights: `_tied_weights_keys` of its
+    class, and `tie_weights`, which finds anew what is tied.
+
+    If it does not, a model that was dequantised saves its head and its embedding, and trains them apart.
+    """
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights(recompute_mapping=False)
 
 
 def renaming_of(model: Any) -> Callable[[str], str]:

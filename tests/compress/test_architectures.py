@@ -19,9 +19,9 @@ from torch import nn
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
+from cluscomp_peft.clustered_weight import clustered_weights
 from cluscomp_peft.compress.budget.coverage import coverage_line
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
-from cluscomp_peft.hf.quantizer import clustered_linears
 from tests.conftest import config_for
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -142,11 +142,11 @@ def test_a_model_is_compressed_as_what_it_is(kind, saved, tmp_path, capsys):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert main(["inspect", target]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert f"{len(clustered_linears(loaded))} matrices" in "\n".join(shown)
+    assert f"{len(clustered_weights(loaded))} matrices" in "\n".join(shown)
     # The same line in the end of both, and its numbers are those of the model.
     assert shown[-1] in said
     clustered, total = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= of| clustered)", shown[-1]))
-    assert clustered == sum(layer.in_features * layer.out_features for _, layer in clustered_linears(loaded))
+    assert clustered == sum(layer.in_features * layer.out_features for _, layer in clustered_weights(loaded))
     dense = MODELS[kind]()
     own = {id(m.weight): m.weight.numel() for m in dense.modules() if isinstance(m, nn.Linear)}
     gates = sum(p.numel() for name, p in dense.named_parameters() if name.endswith("_gate_weight"))

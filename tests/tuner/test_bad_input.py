@@ -194,7 +194,7 @@ def test_an_adapter_whose_codes_exceed_the_codebook(kind, way, dense_dir, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"layout": {}}, "none of the 0 clustered matrices"),
         ({"layout": {"model.layers.*.mlp.up_proj": {"group": 3}}}, "not readable"),
     ],

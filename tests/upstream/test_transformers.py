@@ -332,6 +332,40 @@ def test_tied_weights_are_listed_by_name_also_on_meta(tiny_llama=tiny_llama):
     assert room.tied_weights(nn.Linear(2, 2)) == {}
 
 
+class TwoParts(nn.Module):
+    """Stands for a weight by two parameters of other names."""
+
+    def __init__(self, one: nn.Parameter, two: nn.Parameter):
+        super().__init__()
+        self.one, self.two = one, two
+        self.register_parameter("weight", None)
+
+
+@contract(room, "tie_other_names", "tie_weights_again")
+def test_parameters_of_other_names_are_tied_saved_once_and_tied_by_weight_again(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    embedding, head = model.model.embed_tokens, model.lm_head
+    room.tie_other_names(model, {"lm_head.weight"}, ["one", "two"])
+    expected = {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in ("one", "two")}
+    assert model.all_tied_weights_keys == model.get_expanded_tied_weights_keys(all_submodels=True) == expected
+    kept = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    model.model.embed_tokens = TwoParts(*kept)
+    model.lm_head = TwoParts(nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)))
+    model.tie_weights(missing_keys={"lm_head.one", "lm_head.two"}, recompute_mapping=False)
+    assert model.lm_head.one is kept[0] and model.lm_head.two is kept[1]
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"model.embed_tokens.one", "model.embed_tokens.two"} <= names
+    assert not any(name.startswith("lm_head") for name in names)
+    model.model.embed_tokens, model.lm_head = embedding, head
+    head.weight = nn.Parameter(torch.zeros_like(head.weight))
+    room.tie_weights_again(model)
+    assert model.lm_head.weight is embedding.weight
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "_tied_weights_keys" not in vars(model)
+
+
 @contract(room, "renaming_of")
 def test_stored_names_are_renamed_to_those_of_the_model(tmp_path):
     config = GPTNeoXConfig(

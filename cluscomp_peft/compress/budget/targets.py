@@ -27,6 +27,7 @@ from ...upstream.transformers import tied_weights
 from .called import computed_with
 
 __all__ = [
+    "HEAD",
     "LinearWeight",
     "default_targets",
     "dense_linears",
@@ -36,6 +37,7 @@ __all__ = [
     "refuse_some_experts",
 ]
 
+HEAD = "output head"  # the reason of a layer that turns what the blocks made into logits
 _EXPERTS, _OUTSIDE = "fused experts", "outside the blocks"
 _ROUTES = "routes tokens to experts"
 
@@ -79,7 +81,8 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
     seen: set[int | str] = set()
     for name, module in model.named_modules():
         if isinstance(module, ClusteredLinear):
-            found.append(LinearWeight(name, module, module.in_features * module.out_features, None))
+            reason = HEAD if id(module) in heads else None
+            found.append(LinearWeight(name, module, module.in_features * module.out_features, reason))
         elif isinstance(module, (nn.Linear, Conv1D)):
             weight = module._parameters.get("weight")
             key = f"{name}.weight"
@@ -88,7 +91,7 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
             seen |= same
             reason = None
             if id(module) in heads:
-                reason = "output head"
+                reason = HEAD
             elif weight is None:
                 reason = "its weight is computed, by pruning or a parametrisation"
             elif not is_dense_linear(module):

@@ -11,12 +11,13 @@ embeddings, masks of sliding windows, embedding scales and softcaps are whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...dense import is_dense_linear, weight_of
 from ...upstream.transformers import tied_weights
@@ -140,6 +141,26 @@ class BlockModel:
                 if name and block.get_submodule(name) is not module:
                     block.set_submodule(name, module)
                 module._parameters.update(kept[name])
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """While this lasts, layers outside of the blocks have other weights [out, in], by name, and so have those that
+        are tied to them."""
+        kept = []
+        try:
+            for name, weight in weights.items():
+                layer = self.model.get_submodule(name)
+                own, turned = layer._parameters["weight"], isinstance(layer, Conv1D)
+                weight = (weight.t() if turned else weight).to(self.device, self.dtype)
+                other = nn.Parameter(weight, requires_grad=False)
+                for module in self.model.modules():
+                    if module._parameters.get("weight") is own:
+                        kept.append((module, own))
+                        module._parameters["weight"] = other
+            yield
+        finally:
+            for module, own in kept:
+                module._parameters["weight"] = own
 
     def stem(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first block is given for tokens [batch, length]: [batch, length, hidden].

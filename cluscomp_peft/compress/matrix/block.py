@@ -29,7 +29,7 @@ from ..policy import Policy
 from .feedback import cholesky, damp, refine_codes
 from .reconstruction import reconstruct
 
-__all__ = ["BlockSettings", "compress_block"]
+__all__ = ["BlockSettings", "cluster_for_inputs", "compress_block"]
 
 _EXPERT_BYTES = 1 << 30  # of second moments of experts that are observed at once
 _FEWEST = 0.25  # tokens for each input channel that an expert needs for moments of its own
@@ -95,7 +95,7 @@ def compress_block(
         moments = _observe(model, inputs, names, done, compressed)
         for name in names:
             original = inputs.layers[name]
-            done[name], matrices[name] = _cluster(name, original, specs[name], *moments, settings)
+            done[name], matrices[name] = cluster_for_inputs(name, original, specs[name], *moments, settings)
             progress(weight_of(original).numel())
     _install(model, done)
     epochs = settings.epochs if len(compressed) > held_out else 0
@@ -168,7 +168,7 @@ def _cluster_experts(
 
     def cluster(name: str, hessian: torch.Tensor | None, drift: torch.Tensor | None) -> None:
         original = inputs.layers[name]
-        made[name], report = _cluster(name, original, specs[name], hessian, drift, settings)
+        made[name], report = cluster_for_inputs(name, original, specs[name], hessian, drift, settings)
         matrices.setdefault(name, {}).update(report)
         progress(weight_of(original).numel())
 
@@ -212,7 +212,7 @@ def _install(model: BlockModel, layers: Mapping[str, nn.Module]) -> None:
         model.model.set_submodule(name, layer)
 
 
-def _cluster(
+def cluster_for_inputs(
     name: str,
     dense: nn.Module,
     spec: ClusterSpec,
@@ -220,6 +220,19 @@ def _cluster(
     drift: torch.Tensor | None,
     settings: BlockSettings,
 ) -> tuple[ClusteredLinear, dict[str, Any]]:
+    """Clusters one matrix for what its layer is given.
+
+    Args:
+        name (`str`): What errors call it.
+        dense (`nn.Module`): The dense layer.
+        spec ([`ClusterSpec`]): How to store it.
+        hessian (`torch.Tensor`, *optional*): [in, in], E[x̂ x̂ᵀ]; None if nothing is known of its inputs.
+        drift (`torch.Tensor`, *optional*): [in, in], E[(x − x̂) x̂ᵀ].
+        settings ([`BlockSettings`]): How.
+
+    Returns:
+        The layer, and its output errors.
+    """
     weight = weight_of(dense).detach().float()
     if hessian is not None and not bool((hessian.diagonal() > 0).any()):
         hessian = None  # never excited

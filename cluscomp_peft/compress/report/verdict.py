@@ -20,9 +20,10 @@ def verdict(summary: Mapping[str, Any], losses: Mapping[str, float], folder: str
         folder (`str`): What was written.
     """
     dense_bytes = summary["bytes"] - summary["clustered_bytes"]
+    what = "embeddings" if summary.get("embedding_bits") is None else "norms"
     lines = [
         f"weight files {summary['source_bytes'] / 1e6:.1f} → {summary['bytes'] / 1e6:.1f} MB, of which "
-        f"{dense_bytes / 1e6:.1f} MB are embeddings and whatever else stays dense"
+        f"{dense_bytes / 1e6:.1f} MB are {what} and whatever else stays dense"
     ]
     warnings = []
     if losses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,15 @@ class CalibratedBlocks:
     Args:
         journal ([`Journal`]): Of the folder that holds the streams; says whether they are there.
         calibration ([`Calibration`]): Tokens, and the model, a block of which is in memory at a time.
+        outside (*optional*): Clustered layers outside of the blocks, by name: the activations of the compressed model
+            begin with its own embeddings, and its loss is that of its own head.
     """
 
-    def __init__(self, journal: Journal, calibration: Calibration) -> None:
+    def __init__(
+        self, journal: Journal, calibration: Calibration, outside: Mapping[str, ClusteredLinear] | None = None
+    ) -> None:
         assert calibration.blocks is not None
-        self.model, self.calibration = calibration.blocks, calibration
+        self.model, self.calibration, self.outside = calibration.blocks, calibration, dict(outside or {})
         batches = calibration.batches
         self.held_out = calibration.held_out
         with torch.no_grad():
@@ -86,8 +90,9 @@ class CalibratedBlocks:
         )
         if "blocks_ready" not in journal.content:
             with torch.no_grad():
-                for streams in (self.dense, self.compressed):
-                    streams[0].write(self.model.stem(batch) for batch in batches)
+                self.dense[0].write(self.model.stem(batch) for batch in batches)
+                with self.model.replaced(self._decoded()):
+                    self.compressed[0].write(self.model.stem(batch) for batch in batches)
             journal.commit(blocks_ready=True)
 
     def compress(
@@ -121,19 +126,14 @@ class CalibratedBlocks:
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Next-token loss in nats on the batches that are held out, of the dense and the compressed model."""
-        turn, batches = len(self.model) % 2, self.calibration.batches
-        result = {}
+        turn = len(self.model) % 2
+        result: dict[str, float] = {}
         # A single block decides in which form the tail wants its output, and may not have run in this process.
         with self.model.loaded(len(self.model) - 1):
             self.model.run(len(self.model) - 1, self.dense[turn][0].to(self.model.device))
         for name, stream in (("dense", self.dense[turn]), ("compressed", self.compressed[turn])):
-            total = tokens = 0.0
-            for number in range(len(batches) - self.held_out, len(batches)):
-                for row, hidden in zip(batches[number], stream[number], strict=True):
-                    logits = self.model.logits(row[None], hidden[None].to(self.model.device))[0, :-1].float()
-                    total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
-                    tokens += len(row) - 1
-            result[name] = total / tokens
+            with self.model.replaced(self._decoded() if name == "compressed" else {}):
+                result[name] = self._loss(stream)
             if not math.isfinite(result[name]):
                 raise ValueError(
                     f"the loss of the {name} model is NaN or infinite on the calibration text: weights outside the "
@@ -141,3 +141,17 @@ class CalibratedBlocks:
                     "on other text."
                 )
         return result
+
+    def _loss(self, stream: Stream) -> float:
+        """Mean over the tokens that are held out, of what comes behind the last block."""
+        batches, total, tokens = self.calibration.batches, 0.0, 0
+        for number in range(len(batches) - self.held_out, len(batches)):
+            for row, hidden in zip(batches[number], stream[number], strict=True):
+                logits = self.model.logits(row[None], hidden[None].to(self.model.device))[0, :-1].float()
+                total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
+                tokens += len(row) - 1
+        return total / tokens
+
+    def _decoded(self) -> dict[str, torch.Tensor]:
+        """The weights of clustered layers outside of the blocks."""
+        return {name: layer.decode(self.model.dtype) for name, layer in self.outside.items()}

@@ -20,15 +20,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...codes import ClusterSpec, combine_fingerprints
+from ..budget.embeddings import head_owner
+from ..calibration.head import head_moments
 from ..matrix.block import BlockSettings
 from .calibrated import CalibratedBlocks, Calibration
 from .journal import Journal
-from .shards import TOGETHER, Job, compress_shard, small_memory, trim_memory, write_shard
+from .shards import TOGETHER, Job, compress_shard, read_matrices, small_memory, trim_memory, write_shard
 from .source import DenseCheckpoint
 from .split import Shard, split_into_shards
 from .workers import Progress, compress_in_workers
 
 __all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
+
+_HEAD_TOKENS = 8192  # for the second moments of what the output head is given
+_LARGEST_HEAD = 1 << 28  # weights; error feedback takes some 30 bytes for each
 
 
 @small_memory()
@@ -69,8 +74,6 @@ def compress_shards(
     shards = split_into_shards(model, source, specs)
     job = Job(source, journal.folder, settings, dtype)
     blocks = None
-    if calibration is not None and "losses" not in journal.content:
-        blocks = CalibratedBlocks(journal, calibration)
     memory = 0
     total = sum(shard.weights for shard in shards)
     with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
@@ -82,6 +85,15 @@ def compress_shards(
             journal.commit(done={**journal.content.get("done", {}), shard.file: report})
             trim_memory()
 
+        if calibration is not None and "losses" not in journal.content:
+            # What is outside of the blocks comes first: the compressed model begins with its own embeddings.
+            outside = [shard for shard in shards if shard.index is None and shard.matrices]
+            waiting = [shard for shard in outside if shard in left]
+            moments = _moments_of_head(waiting, calibration)
+            for shard in waiting:
+                finished(shard, compress_shard(shard, job, devices[0], bar.update, moments))
+                left.remove(shard)
+            blocks = CalibratedBlocks(journal, calibration, read_matrices(outside, journal.folder))
         if workers > 1 and blocks is None:
             memory = compress_in_workers(left, job, workers, devices, bar.update, finished)
             left = []
@@ -94,9 +106,8 @@ def compress_shards(
     if blocks is not None:
         assert calibration is not None
         # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
-        whole = all(name.startswith(f"{blocks.model.prefix}.") for name in specs)
         held_out = len(calibration.fitted) < len(calibration.batches)
-        journal.commit(losses=blocks.losses() if whole and held_out else {})
+        journal.commit(losses=blocks.losses() if held_out else {})
     done = journal.content["done"]
     return {**_collected({shard.file: done[shard.file] for shard in shards}, journal), "memory": memory}
 
@@ -104,6 +115,17 @@ def compress_shards(
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
     """Digest of all codes, in the order of the model's layers."""
     return combine_fingerprints(fingerprints[name] for name, _ in model.named_modules() if name in fingerprints)
+
+
+def _moments_of_head(shards: list[Shard], calibration: Calibration) -> dict[str, torch.Tensor]:
+    """Second moments of what the output head is given, if it is among these shards and not too large for them."""
+    assert calibration.blocks is not None
+    owner = head_owner(calibration.blocks.model)
+    sizes = {matrix.name: matrix.weights for shard in shards for matrix in shard.matrices}
+    if owner is None or not 0 < sizes.get(owner, 0) <= _LARGEST_HEAD:
+        return {}
+    enough = -(-_HEAD_TOKENS // calibration.batches[0].numel())
+    return {owner: head_moments(calibration.blocks, calibration.fitted[:enough])}
 
 
 def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: Progress) -> dict[str, Any]:

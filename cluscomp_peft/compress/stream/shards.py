@@ -11,22 +11,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from ... import ops
 from ...linear import ClusteredLinear
-from ..matrix.block import BlockSettings
+from ..matrix.block import BlockSettings, cluster_for_inputs
 from .journal import save_tensors
 from .source import PARTS, DenseCheckpoint
 from .split import Matrix, Shard, read_matrix
 
-__all__ = ["TOGETHER", "Job", "compress_shard", "small_memory", "trim_memory", "write_shard"]
+__all__ = ["TOGETHER", "Job", "compress_shard", "read_matrices", "small_memory", "trim_memory", "write_shard"]
 
 TOGETHER = 1 << 23  # weights that are clustered at once; K-means takes some 30 bytes for each
 _LARGE = 1 << 20  # bytes
@@ -52,7 +54,13 @@ class Job:
     dtype: torch.dtype
 
 
-def compress_shard(shard: Shard, job: Job, device: torch.device, progress: Callable[[int], object]) -> dict[str, Any]:
+def compress_shard(
+    shard: Shard,
+    job: Job,
+    device: torch.device,
+    progress: Callable[[int], object],
+    moments: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Clusters the matrices of a shard, each by itself, and writes the file.
 
     Args:
@@ -60,25 +68,38 @@ def compress_shard(shard: Shard, job: Job, device: torch.device, progress: Calla
         job ([`Job`]): Source, folder and settings.
         device (`torch.device`): Of K-means.
         progress: Called with the number of weights of every matrix that is clustered.
+        moments (*optional*): E[x xᵀ] [in, in] of the inputs of some of the layers, by name.
 
     Returns:
         `dict`: What the journal keeps of it; see [`write_shard`].
     """
     started = time.perf_counter()
-    layers = _cluster_alone(shard, job, device, progress)
-    return write_shard(shard, layers, job, {}, started)
+    layers, matrices = _cluster_alone(shard, job, device, progress, moments or {})
+    return write_shard(shard, layers, job, {"matrices": matrices}, started)
 
 
 def _cluster_alone(
-    shard: Shard, job: Job, device: torch.device, progress: Callable[[int], object]
-) -> dict[str, ClusteredLinear]:
-    """Clusters as many matrices at once as there are cores and `TOGETHER` allows; one at a time on a GPU."""
+    shard: Shard,
+    job: Job,
+    device: torch.device,
+    progress: Callable[[int], object],
+    moments: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, ClusteredLinear], dict[str, dict[str, Any]]]:
+    """Clusters as many matrices at once as there are cores and `TOGETHER` allows; one at a time on a GPU.
+
+    Returns:
+        Layers, and what was measured of those with moments, by name.
+    """
     settings = job.settings
     cores = settings.threads or torch.get_num_threads()
     largest = max((matrix.weights for matrix in shard.matrices), default=1)
     together = max(1, min(cores, len(shard.matrices), TOGETHER // largest)) if device.type == "cpu" else 1
 
+    measured: dict[str, dict[str, Any]] = {}
+
     def work(matrix: Matrix) -> ClusteredLinear:
+        if matrix.name in moments:
+            return cluster_for_its_inputs(matrix)
         # No variable holds the weight, so that it is freed once it is cut into vectors.
         layer = settings.policy.cluster(
             matrix.name,
@@ -90,11 +111,22 @@ def _cluster_alone(
         trim_memory()
         return layer.cpu()
 
+    def cluster_for_its_inputs(matrix: Matrix) -> ClusteredLinear:
+        dense = nn.Linear(*matrix.shape[::-1], bias=False, device="meta")
+        weight = read_matrix(job.source, matrix).to(device)
+        dense._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        alone = replace(settings, threads=max(1, cores // together))
+        found = moments[matrix.name].to(device)
+        layer, measured[matrix.name] = cluster_for_inputs(matrix.name, dense, matrix.spec, found, None, alone)
+        progress(matrix.weights)
+        trim_memory()
+        return layer.cpu()
+
     # The largest first: it needs the most memory, and then the fewest results are held.
     order = sorted(shard.matrices, key=lambda matrix: -matrix.weights)
     with ThreadPoolExecutor(together) as pool:
         made = dict(zip((matrix.name for matrix in order), pool.map(work, order), strict=True))
-    return {matrix.name: made[matrix.name] for matrix in shard.matrices}
+    return {matrix.name: made[matrix.name] for matrix in shard.matrices}, measured
 
 
 def write_shard(
@@ -118,6 +150,19 @@ def write_shard(
     report["block"] = shard.block
     report["seconds"] = time.perf_counter() - started
     return report
+
+
+def read_matrices(shards: Sequence[Shard], folder: str) -> dict[str, ClusteredLinear]:
+    """The clustered matrices of shards that are written, by layer."""
+    found = {}
+    for shard in shards:
+        tensors = load_file(os.path.join(folder, shard.file))
+        for matrix in shard.matrices:
+            base = matrix.key.removesuffix(".weight")
+            codes, codebook = tensors[f"{base}.codes"], tensors[f"{base}.codebook"]
+            scales = tensors.get(f"{base}.scale_in"), tensors.get(f"{base}.scale_out")
+            found[matrix.name] = ClusteredLinear.from_parts(codes, codebook, *scales, None, matrix.shape[0])
+    return found
 
 
 def _measure(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...codes import ClusterSpec
 from ...dense import weight_of
+from ...upstream.transformers import tied_weights
 from ..calibration.blocks import find_blocks
 from .source import DenseCheckpoint
 
@@ -71,11 +72,13 @@ class Shard:
 def split_into_shards(model: nn.Module, source: DenseCheckpoint, specs: dict[str, ClusterSpec]) -> list[Shard]:
     """A shard for each block, in the order of the model, then shards of everything else.
 
-    Blocks that have no tensor of their own, because they share those of other blocks, get no shard.
+    Blocks that have no tensor of their own, because they share those of other blocks, get no shard. A weight that is
+    stored once more under the name of a layer tied to it is left out where it is clustered.
 
     Raises:
-        ValueError: If the checkpoint lacks a weight that `specs` names.
+        ValueError: If the checkpoint lacks a weight that `specs` names, or holds two for layers that are tied.
     """
+    twice = _stored_twice(model, source, specs)
     found = find_blocks(model)
     owners: dict[str, int] = {}
     if found is not None:
@@ -91,6 +94,8 @@ def split_into_shards(model: nn.Module, source: DenseCheckpoint, specs: dict[str
     rest: list[list[str]] = []
     size = _SHARD_BYTES
     for key in _written(source, matrices):
+        if key in twice:
+            continue
         if key in owners:
             parts[owners[key]][0].append(key)
             continue
@@ -132,6 +137,21 @@ def read_matrix(source: DenseCheckpoint, matrix: Matrix) -> torch.Tensor:
     """The dense weight [out, in] as it is stored."""
     weight = source.read(matrix.key)
     return weight.t() if matrix.conv1d else weight
+
+
+def _stored_twice(model: nn.Module, source: DenseCheckpoint, specs: dict[str, ClusterSpec]) -> set[str]:
+    """Keys of weights that are those of clustered layers under the name of another that is tied to it."""
+    found = set()
+    for target, owner in tied_weights(model).items():
+        key, first = source.find(target), source.find(owner)
+        if owner.removesuffix(".weight") in specs and None not in (key, first) and key != first:
+            if not torch.equal(source.read(str(key)), source.read(str(first))):
+                raise ValueError(
+                    f"{source.folder} holds two different weights {first} and {key}, but its config.json says that "
+                    "they are tied; set tie_word_embeddings to false there."
+                )
+            found.add(str(key))
+    return found
 
 
 def _matrix(model: nn.Module, source: DenseCheckpoint, name: str, spec: ClusterSpec) -> Matrix:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ...codes import block_offsets, unpack
 from ..packed_weight import Numbers, PackedWeight
 
-__all__ = ["codebook_grad", "decode", "dense_linear", "effective", "effective_backward", "linear"]
+__all__ = ["accumulator", "codebook_grad", "decode", "dense_linear", "effective", "effective_backward", "linear"]
 
 # Weights decoded at once. On a CPU 2 MiB of fp32, which the cache holds and the allocator gives back: tiles eight
 # times as large took twice the time and left 100 MB of freed fragments on the heap. On a GPU launches cost more.
@@ -34,7 +34,7 @@ _DEVICE_TILE_ELEMENTS = 1 << 22
 def decode(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] in `dtype`, contiguous."""
     # Rounding commutes with the gather, so the small codebook is rounded instead of the weight where nothing follows.
-    table = weight.codebook.to(dtype if weight.is_plain else _accumulator(dtype)).contiguous()
+    table = weight.codebook.to(dtype if weight.is_plain else accumulator(dtype)).contiguous()
     decoded = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.device)
     for start, stop in _tiles(weight):
         tile = _values(weight, table, start, stop)
@@ -73,7 +73,7 @@ def codebook_grad(
 def _codebook_grad(
     x: torch.Tensor, grad_output: torch.Tensor, weight: PackedWeight
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     in_features, out_features, group_size = weight.in_features, weight.out_features, weight.group_size
     table = weight.codebook.to(dtype).contiguous()
     grad_output = grad_output.to(dtype)
@@ -146,7 +146,7 @@ def effective_backward(
     return found[0], found[1], found[2]  # type: ignore[return-value]
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

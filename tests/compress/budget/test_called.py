@@ -13,13 +13,13 @@ from peft import get_peft_model
 from torch import nn
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
+from cluscomp_peft.clustered_weight import clustered_weights
 from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.compress.budget.called import computed_with, handed_to_kernels
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.compress.budget.uses import weight_uses
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.policy import Policy
-from cluscomp_peft.hf.quantizer import clustered_linears
 from tests.conftest import logits_of
 
 SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2)
@@ -156,7 +156,7 @@ def test_it_stays_dense_in_the_command_and_on_the_fly(kind, tmp_path):
     tokens = torch.arange(3, 13)[None]
     expected = logits_of(loaded.dequantize(), tokens)
     for model in (hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), fly):
-        names = ends(name for name, _ in clustered_linears(model))
+        names = ends(name for name, _ in clustered_weights(model))
         assert names and not names & COMPUTED[kind]
         assert torch.allclose(logits_of(model, tokens), expected, atol=1e-5)
     target = sorted(COMPUTED[kind])[:1]
