@@ -1,25 +1,25 @@
 """ClusComp for Hugging Face: compress a model to codes and codebooks, finetune the codebooks, merge exactly.
 
-Importing this package registers the PEFT method "CLUSCOMP" and the checkpoint format "cluscomp". PEFT and transformers
-have no discovery of plug-ins, so a script that loads such an adapter or checkpoint must import it first (or run under
-`python -m cluscomp_peft.run SCRIPT`).
+Importing this package registers the PEFT method "CLUSCOMP" and the checkpoint format "cluscomp". Where it is
+installed, that happens by itself when PEFT or transformers are imported (`cluscomp_peft_plugin.py`). A Python that
+reads no .pth files, or finds the package by PYTHONPATH alone, must import it first, or run
+`python -m cluscomp_peft.run SCRIPT`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .registration import register, register_on_import
 
 register_on_import()
 
-from ._version import __version__  # noqa: E402
-from .clustering import kmeans  # noqa: E402
-from .codes import ClusterSpec  # noqa: E402
-from .linear import ClusteredLinear  # noqa: E402
-
 if TYPE_CHECKING:
+    from .clustering import kmeans
+    from .codes import ClusterSpec
     from .compress.checkpoint import compress_checkpoint
     from .hf.config import ClusCompQuantizationConfig
+    from .linear import ClusteredLinear
     from .tuner.config import ClusCompConfig
     from .tuner.layer import ClusCompLayer
     from .tuner.model import ClusCompModel
@@ -37,8 +37,11 @@ __all__ = [
     "register",
 ]
 
-# Imported when they are first used: they bring in PEFT, or the models of transformers.
+# Imported when they are first used: they bring in torch, PEFT, or the models of transformers.
 _LATER = {
+    "ClusterSpec": ".codes",
+    "ClusteredLinear": ".linear",
+    "kmeans": ".clustering",
     "ClusCompConfig": ".tuner.config",
     "ClusCompLayer": ".tuner.layer",
     "ClusCompModel": ".tuner.model",

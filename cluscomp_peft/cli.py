@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, fields
 from typing import Any
 
-from .clustering import QUALITIES
+from ._version import __version__
 from .failures import ran_out_of_memory
 from .interrupts import wait_for_imports
+from .usage import Parser
 
 __all__ = ["main"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CLOSED_PIPE = 128 + 13  # as a shell has it of a command that SIGPIPE ended
+_OF_CALIBRATION = ("samples", "seqlen", "feedback", "epochs")
 _LEAST_BYTES = 1000  # of a whole model: fewer lack their unit
 
 
@@ -25,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with wait_for_imports():
             options.run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough; what is left of it goes nowhere, also when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
     except (ValueError, OSError) as error:
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
         print(f"cluscomp {options.command}:", *map(_printable, (str(error), *notes)), file=sys.stderr)
@@ -48,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cluscomp", description="Compress language models to codes and codebooks, look into them, measure them."
     )
+    parser.add_argument("--version", action="version", version=f"cluscomp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     compress = commands.add_parser("compress", help="make a compressed checkpoint of a dense model")
@@ -82,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text to compress by: a .jsonl or .txt file, also .xz; builtin, the text that comes with this package; "
         "or none, which is faster and loses more (default: builtin, where the model continues text)",
     )
-    compress.add_argument("--samples", type=int, default=128, help="calibration sequences")
+    compress.add_argument("--samples", type=int, help="calibration sequences (default 128)")
     compress.add_argument(
         "--seqlen",
         type=int,
@@ -91,10 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--feedback",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="let codes make up for errors, with calibration (default: yes)",
     )
-    compress.add_argument("--epochs", type=int, default=8, help="of reconstruction, with calibration; 0 for none")
+    compress.add_argument("--epochs", type=int, help="of reconstruction, with calibration (default 8); 0 for none")
     compress.add_argument(
         "--device", help="cpu, cuda or cuda:N, where the work is done (default: a GPU if there is one)"
     )
@@ -107,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
         "is the same. With --calibration none alone, for else each block builds on the one before it (default 1)",
     )
     compress.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what stays dense")
-    compress.add_argument("--quality", default="default", choices=QUALITIES, help="of K-means")
+    compress.add_argument("--quality", default="default", help="of K-means: fast, default or best")
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
     compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
+    compress.add_argument("--json", action="store_true", help="one JSON object instead of lines of text")
     compress.set_defaults(run=_compress)
 
     inspect = commands.add_parser("inspect", help="print what a compressed checkpoint holds")
@@ -180,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", metavar="24GiB", type=_bytes, help="find the settings that fit")
     plan.add_argument("--json", action="store_true", help="one JSON object, in bytes, instead of tables")
     plan.set_defaults(run=_plan)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -189,6 +201,13 @@ def _compress(options: argparse.Namespace) -> None:
     from .compress.report.verdict import verdict
     from .hf.config import ClusCompQuantizationConfig
 
+    given = {name: getattr(options, name) for name in _OF_CALIBRATION if getattr(options, name) is not None}
+    if given and options.calibration == "none":
+        name, value = next(iter(given.items()))
+        flag = f"--{name} {value}" if value is not True and value is not False else f"--{'' if value else 'no-'}{name}"
+        raise ValueError(
+            f"{flag} is about calibration text, and --calibration none takes none; leave one of the two out."
+        )
     config = ClusCompQuantizationConfig(
         bits=options.bits,
         group_size=options.group_size,
@@ -205,15 +224,15 @@ def _compress(options: argparse.Namespace) -> None:
         config,
         size=options.size,
         calibration=options.calibration,
-        samples=options.samples,
-        seqlen=options.seqlen,
-        feedback=options.feedback,
-        epochs=options.epochs,
         device=options.device,
         dtype=options.dtype,
         overwrite=options.overwrite,
         workers=options.workers,
+        **given,
     )
+    if options.json:
+        print(json.dumps({"folder": options.target, **summary}))
+        return
     print(
         f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
         f"{_embedding_bits(summary)}relative error {summary['relative_error']:.4f}, {summary['seconds']:.1f} s, "

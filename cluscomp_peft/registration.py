@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from typing import Any
 
 from .upstream.peft import extend_peft_type, register_method, teach_lora
@@ -94,7 +93,7 @@ def _why(name: str) -> str:
     )
 
 
-class _Watcher(MetaPathFinder):
+class _Watcher:
     """Lets the other finders find the modules of `_REGISTER` and `_OURS`, and calls [`_after_import`] when one of them
     has been executed."""
 

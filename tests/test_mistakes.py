@@ -198,6 +198,13 @@ def test_bits_beyond_what_codes_can_have(said, dense_dir, tmp_path, bits, capsys
         assert "1 to 8 (default 4" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("flags", [["--samples", "3"], ["--seqlen", "32"], ["--epochs", "2"], ["--no-feedback"]])
+def test_settings_of_calibration_without_calibration(said, dense_dir, tmp_path, flags):
+    line = said("compress", dense_dir, str(tmp_path / "out"), "--calibration", "none", *flags)
+    assert f"{' '.join(flags)} is about calibration text, and --calibration none takes none" in line
+    assert not (tmp_path / "out").exists()
+
+
 # -- Python: what comes from other methods
 
 

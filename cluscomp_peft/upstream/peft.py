@@ -1,7 +1,7 @@
 """PEFT: how a method from outside is entered into its tables, what its tuners and layers ask of ours, and the rules by
 which it chooses layers.
 
-PEFT takes seconds to import, so nothing here imports it before it is called.
+PEFT takes seconds to import, and torch one, so nothing here imports them before it is called.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "FILE_PREFIX",

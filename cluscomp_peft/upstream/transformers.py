@@ -1,7 +1,7 @@
 """transformers: its registry of checkpoint formats, what its loader asks of a quantizer, and what its models say of
 themselves by attributes that are not documented.
 
-The models of transformers take seconds to import, so nothing here imports them before it is called.
+The models of transformers take seconds to import, and torch one, so nothing here imports them before it is called.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapp
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers.core_model_loading import ConversionOps
 
 __all__ = [
@@ -130,6 +129,8 @@ def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> set[str]:
 
     If transformers lists them elsewhere, T5 in fp16 gives the last layer of an MLP an input of the wrong dtype.
     """
+    import torch
+
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype.itemsize == 2 else set()
     if dtype == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
@@ -283,6 +284,8 @@ def convert(
 
     If it works otherwise, experts are not read from their checkpoints.
     """
+    import torch
+
     converter = copy.deepcopy(converter)
     for pattern, tensors in parts.items():
         for tensor in tensors:
