@@ -12,7 +12,7 @@ __all__ = ["loading_example", "model_card"]
 
 def loading_example(name: str) -> str:
     """Python that loads the checkpoint `name` and finetunes it."""
-    return f"""import cluscomp_peft  # registers the format; without it transformers loads random weights
+    return f"""import cluscomp_peft  # pip install cluscomp_peft; where it is absent, transformers loads random weights
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
