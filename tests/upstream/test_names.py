@@ -22,7 +22,7 @@ LIBRARIES = ("peft", "transformers", "accelerate", "deepspeed", "torch")
 # What other files import of these libraries: documented names.
 DOCUMENTED = {
     "accelerate": {"PartialState", "init_empty_weights"},
-    "accelerate.hooks": {"ModelHook", "add_hook_to_module"},
+    "accelerate.hooks": {"ModelHook", "add_hook_to_module", "remove_hook_from_module"},
     "peft": None,
     "peft.config": {"PeftConfig"},
     "peft.tuners.lora": {"Linear"},
