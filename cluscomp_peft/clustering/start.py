@@ -1,15 +1,14 @@
-"""First centroids placed by density, which saves most Lloyd iterations.
+"""First centroids placed by density, which saves Lloyd iterations and, above all, bad local minima.
 
-Random vectors place centroids with density p where the vectors have density p; the mean squared error is least with
-p^(d / (d + 2)) (Zador 1982; Panter & Dite 1951 for d = 1). So a random start has too many centroids in the middle of
-the distribution, the more so the smaller d is.
-Of a cell with N_i vectors in a volume V_i, k_i centroids leave an error of about SSE_i · k_i^(−2 / d), where
-SSE_i ~ N_i · V_i^(2 / d) is the error that one centroid leaves; the sum over cells is least for
+Random vectors place centroids with density p where the vectors have density p; the squared error, with weights w, is
+least with (w p)^(d / (d + 2)) (Zador 1982; Panter & Dite 1951 for d = 1). So a random start has too many centroids in
+the middle of the distribution, the more so the smaller d is, and too few where weights are large; Lloyd's algorithm
+does not move them that far. A codebook of random vectors measures the density: a vector's squared distance e to the
+nearest of them is about p^(−2 / d). So vectors that are picked in proportion to
 
-    k_i ∝ SSE_i^(d / (d + 2))
+    (w e)^(d / (d + 2)),      for p · (w p^(−2 / d))^(d / (d + 2)) = (w p)^(d / (d + 2)),
 
-So a sample is clustered coarsely, all vectors are assigned to the cells, and k_i random vectors of each cell become
-centroids.
+have the density that is wanted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ __all__ = ["density_shares", "density_start"]
 # (vectors, centroids) → nearest centroid [N] int64, squared distance to it [N] fp32
 Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-_PER_CELL = 32  # centroids of a coarse cell, on average
-_MAX_CELLS = 1024
-_SAMPLE = 256  # vectors of the sample for each cell
-_ITERATIONS = 4
-_CHUNK = 1 << 24  # vectors centred at once
+_MEASURING = 2  # random vectors that measure the density, for each centroid
+_CANDIDATES = (16, 64)  # for each centroid at least, and as long as there are few
+_MANY = 1 << 18  # candidates from which the least number is enough
+_EVEN = 1 / 32  # of the picks goes to all vectors alike, so that equal vectors, whose distance is 0, get a centroid
 
 
 def density_start(
@@ -43,71 +41,57 @@ def density_start(
         weights (`torch.Tensor`, *optional*): [N] fp32, at least 0. A vector of weight 0 is only picked if fewer than n
             others exist.
         seed (`int`): Same seed, device and machine give the same bytes.
-        search (`Callable`): Finds the coarse cell of every vector; `lloyd.assign` or what an engine has instead.
+        search (`Callable`): `lloyd.assign` or what an engine has instead.
 
     Returns:
-        [n, d] fp32, the vectors of a cell side by side.
+        [n, d] fp32.
     """
-    dim = vectors.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    wanted = max(1, min(_MAX_CELLS, num_clusters // _PER_CELL))
-    cell, error = _coarse_cells(vectors, wanted, weights, generator, search)
-    if weights is not None:
-        usable = weights > 0
-        if int(usable.sum()) >= num_clusters:
-            cell = torch.where(usable, cell, wanted)  # an extra cell, which gets no centroids
-            error = error * weights
-    cell, order = cell.to(torch.int16).sort(stable=True)
-    counts = torch.bincount(cell, minlength=wanted)
-    errors = torch.segment_reduce(error[order].double(), "sum", lengths=counts, unsafe=True)[:wanted].cpu()
-    first = (counts.cumsum(0) - counts)[:wanted].cpu()
-    counts = counts[:wanted].cpu()
-    shares = density_shares(errors, counts, num_clusters, dim)
-    # Centroid j of a cell is drawn from the j-th of `share` equal parts of its vectors: distinct without a shuffle.
-    owner = torch.repeat_interleave(shares)
-    rank = torch.arange(num_clusters) - (shares.cumsum(0) - shares)[owner]
-    begin = rank * counts[owner] // shares[owner]
-    end = (rank + 1) * counts[owner] // shares[owner]
-    draw = torch.rand(num_clusters, generator=generator, dtype=torch.float64)
-    places = first[owner] + begin + ((end - begin) * draw).long()
-    return vectors[order[places.to(vectors.device)]].float()
-
-
-def _coarse_cells(
-    vectors: torch.Tensor, wanted: int, weights: torch.Tensor | None, generator: torch.Generator, search: Search
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cell of each vector [N] and its squared distance to the middle of that cell [N] fp32."""
-    total = len(vectors)
-    if total <= _SAMPLE * wanted:
-        picked = torch.randperm(total, generator=generator)
-    else:
-        picked = torch.randint(total, (_SAMPLE * wanted,), generator=generator).unique()
-        picked = picked[torch.randperm(len(picked), generator=generator)]
-    picked = picked.to(vectors.device)
-    sample = vectors[picked]
+    dim = vectors.shape[1]
+    places = _candidates(len(vectors), num_clusters, weights, generator)
+    candidates = vectors[places.to(vectors.device)].float()
     # Scores keep their digits only near 0.
-    middle = sample.double().mean(0).float()
-    sample = sample - middle
-    share = torch.ones_like(sample[:, 0]) if weights is None else weights[picked]
-    centroids = sample[:wanted].clone()
-    for _ in range(_ITERATIONS):
-        centroids = _means(sample, share, assign(sample, centroids)[0], centroids)
-    cell = torch.empty(total, dtype=torch.int64, device=vectors.device)
-    error = torch.empty(total, dtype=torch.float32, device=vectors.device)
-    for begin in range(0, total, _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        cell[part], error[part] = search(vectors[part] - middle, centroids)
-    return cell, error
+    centred = candidates - candidates.double().mean(0).float()
+    measuring = torch.randperm(len(places), generator=generator)
+    measuring = measuring[: max(1, min(_MEASURING * num_clusters, len(places) // 2))].to(centred.device)
+    error = search(centred, centred[measuring].contiguous())[1].double().clamp_min(0)
+    if weights is not None:
+        error = error * weights[places.to(weights.device)]
+    rates = error.cpu() ** (dim / (dim + 2))
+    rates = (1 - _EVEN) * rates / rates.sum().clamp_min(1e-300) + _EVEN / len(rates)
+    return candidates[_systematic_sample(rates, num_clusters, generator).to(candidates.device)]
 
 
-def _means(vectors: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Weighted means; a cell without weight stays. Sums go by segments: `index_add_` on CUDA has no fixed order."""
-    codes, order = codes.sort(stable=True)
-    lengths = torch.bincount(codes, minlength=len(centroids))
-    share = weights[order].double()[:, None]
-    parts = torch.cat([vectors[order].double() * share, share], 1)
-    sums = torch.segment_reduce(parts, "sum", lengths=lengths, unsafe=True)
-    return torch.where(sums[:, -1:] > 0, sums[:, :-1] / sums[:, -1:], centroids.double()).float()
+def _candidates(
+    total: int, num_clusters: int, weights: torch.Tensor | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Places of the vectors to pick from, ascending: a random part, of those with a weight above 0 if they suffice."""
+    pool = None
+    if weights is not None:
+        pool = weights.cpu().nonzero()[:, 0]
+        pool = None if len(pool) < num_clusters or len(pool) == total else pool
+    size = total if pool is None else len(pool)
+    wanted = max(_CANDIDATES[0] * num_clusters, min(_CANDIDATES[1] * num_clusters, _MANY))
+    if 2 * wanted < size:
+        places = torch.randint(size, (wanted,), generator=generator).unique()
+    else:
+        places = torch.arange(size)
+    return places if pool is None else pool[places]
+
+
+def _systematic_sample(rates: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` different places, each with a probability in proportion to its rate, [rates] fp64 > 0, but at most 1."""
+    shares = rates * (count / rates.sum())
+    while bool((shares > 1).any()):
+        full = shares >= 1
+        rest = torch.where(full, 0.0, rates)
+        shares = torch.where(full, 1.0, rest * ((count - int(full.sum())) / rest.sum().clamp_min(1e-300)))
+    marks = torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)
+    found = torch.searchsorted(shares.cumsum(0), marks, right=True)
+    # No interval of at most 1 holds two marks, but for rounding.
+    numbers = torch.arange(count)
+    found = (found - numbers).cummax(0).values + numbers
+    return torch.minimum(found, numbers + len(rates) - count)
 
 
 def density_shares(errors: torch.Tensor, counts: torch.Tensor, wanted: int, dim: int) -> torch.Tensor:

@@ -346,6 +346,18 @@ def test_a_start_is_better_than_random_vectors(dim, gain):
 
 
 @direct
+@pytest.mark.parametrize("dim, gain", [(2, 0.7), (4, 0.85)])
+def test_a_start_is_better_than_random_vectors_where_few_weights_are_large(dim, gain):
+    vectors = normal(60_000, dim)
+    weights = (2 * normal(60_000, 1, seed=3)[:, 0]).exp()
+    costs = [
+        float((weights * reference.assign(vectors, start)[1]).sum())
+        for start in (density_start(vectors, 1000, weights, 0), vectors[:1000])
+    ]
+    assert costs[0] < gain * costs[1]
+
+
+@direct
 def test_a_start_follows_the_weights():
     vectors = normal(20_000, 2)
     weights = torch.where(vectors[:, 0] > 0, 100.0, 1.0)
