@@ -59,6 +59,8 @@ from .stream.workers import peak_memory, visible_devices
 
 __all__ = ["QuantizationConfig", "compress_checkpoint"]
 
+_EPOCHS = 8
+
 
 class QuantizationConfig(Protocol):
     """What the door needs of a `ClusCompQuantizationConfig`, which is transformers' and stands a floor above."""
@@ -82,7 +84,7 @@ def compress_checkpoint(
     samples: int = 128,
     seqlen: int | None = None,
     feedback: bool = True,
-    epochs: int = 8,
+    epochs: int | None = None,
     learning_rate: float = 0.003,
     dtype: str = "auto",
     device: str | None = None,
@@ -107,7 +109,8 @@ def compress_checkpoint(
         samples (`int`): Sequences to take from it.
         seqlen (`int`, *optional*): Tokens of a sequence; 2048 (512 of the built-in text), or what the model takes.
         feedback (`bool`): Error feedback.
-        epochs (`int`): Of reconstruction, 0 for none.
+        epochs (`int`, *optional*): Of reconstruction, 0 for none. 8, but none with the built-in text: on a CPU they
+            take longer than all the rest.
         learning_rate (`float`): Of reconstruction, in units of the RMS of what it trains.
         dtype (`str`): Of everything that stays dense; "auto" keeps the checkpoint's.
         device (`str`, *optional*): Where blocks run and matrices are clustered: "cpu", "cuda", "cuda:1"; a GPU if
@@ -147,6 +150,7 @@ def compress_checkpoint(
     if policy.target_modules is None:
         _refuse_unread(dense)
     layers = policy.targets(model)
+    epochs = (0 if calibration in (AUTO, BUILTIN) else _EPOCHS) if epochs is None else epochs
     settings = BlockSettings(policy, feedback, epochs, learning_rate, torch.get_num_threads())
     given, reason = None, None
     text = BUILTIN if calibration == AUTO else calibration
