@@ -76,8 +76,9 @@ def cut_into_vectors(
                 f"{name}: importance must hold E[x²] of its {weight.shape[1]} inputs, not all 0, got shape "
                 f"{tuple(importance.shape)} and a maximum of {float(importance.max()):.3g}; calibrate on other text."
             )
-        # A channel that calibration never excited still needs its weights: text beyond the sample may excite it.
-        importance = importance.clamp_min(1e-4 * float(importance.mean()))
+        # A channel that calibration never excited still needs its weights: text beyond the sample may excite it. As
+        # much is added to the Hessian of error feedback.
+        importance = importance + 1e-2 * importance.mean()
         channel = importance if channel is None else channel * importance
     in_features, groups = vectors.shape[:2]
     weights = None if channel is None else channel[:, None].expand(-1, groups)

@@ -30,7 +30,7 @@ def test_the_error_on_unseen_batches_falls_and_codes_stay(scales):
     codes = [layer.codes.clone() for layer in layers]
     bits = [layer.true_bits for layer in layers]
     result = reconstruct(run, layers, inputs, targets, held_out=3, epochs=30, learning_rate=0.02)
-    assert result.after < (0.7 if scales else 0.9) * result.before
+    assert result.after < (0.8 if scales else 0.9) * result.before
     for layer, before, size in zip(layers, codes, bits, strict=True):
         assert torch.equal(layer.codes, before) and layer.true_bits == size
         assert layer.codebook.dtype == torch.float16 and not layer.codebook.requires_grad
