@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
-from dataclasses import asdict, fields
-from typing import Any
 
+from . import commands
 from ._version import __version__
 from .failures import ran_out_of_memory
 from .interrupts import wait_for_imports
@@ -19,7 +17,6 @@ __all__ = ["main"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CLOSED_PIPE = 128 + 13  # as a shell has it of a command that SIGPIPE ended
-_OF_CALIBRATION = ("samples", "seqlen", "feedback", "epochs")
 _LEAST_BYTES = 1000  # of a whole model: fewer lack their unit
 
 
@@ -36,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _CLOSED_PIPE
     except (ValueError, OSError) as error:
         notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]  # others hold tracebacks
-        print(f"cluscomp {options.command}:", *map(_printable, (str(error), *notes)), file=sys.stderr)
+        print(f"cluscomp {options.command}:", *map(commands.printable, (str(error), *notes)), file=sys.stderr)
         return 1
     except RecursionError:
         print(f"cluscomp {options.command}: a JSON file is nested too deeply to be read", file=sys.stderr)
@@ -45,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not ran_out_of_memory(error):
             raise
         print(
-            f"cluscomp {options.command}: out of memory ({_printable(str(error)[:200])}); what is finished stays, the "
-            "same command goes on from there. Raise the limit of the process, or use fewer --workers.",
+            f"cluscomp {options.command}: out of memory ({commands.printable(str(error)[:200])}); what is finished "
+            "stays, the same command goes on from there. Raise the limit of the process, or use fewer --workers.",
             file=sys.stderr,
         )
         return 1
@@ -61,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="cluscomp", description="Compress language models to codes and codebooks, look into them, measure them."
     )
     parser.add_argument("--version", action="version", version=f"cluscomp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", required=True)
 
-    compress = commands.add_parser("compress", help="make a compressed checkpoint of a dense model")
+    compress = subparsers.add_parser("compress", help="make a compressed checkpoint of a dense model")
     compress.add_argument("source", metavar="SRC", help="folder or hub id of the dense model")
     compress.add_argument("target", metavar="OUT", help="folder to create")
     compress.add_argument("--bits", type=float, help="true bits per weight, 1 to 8 (default 4)")
@@ -125,15 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--seed", type=int, default=0, help="of K-means")
     compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     compress.add_argument("--json", action="store_true", help="one JSON object instead of lines of text")
-    compress.set_defaults(run=_compress)
+    compress.set_defaults(run=commands.compress)
 
-    inspect = commands.add_parser("inspect", help="print what a compressed checkpoint holds")
+    inspect = subparsers.add_parser("inspect", help="print what a compressed checkpoint holds")
     inspect.add_argument("path", metavar="DIR", help="folder or hub id of a compressed model")
     inspect.add_argument("--html", metavar="FILE", help="write the report as a page with plots")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=commands.inspect)
 
-    evaluate = commands.add_parser("evaluate", help="measure loss and true bits of a dense or compressed model")
+    evaluate = subparsers.add_parser("evaluate", help="measure loss and true bits of a dense or compressed model")
     evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model, or folder of an adapter")
     evaluate.add_argument("--data", metavar="FILE", required=True, help=".jsonl or .txt, also .xz")
     evaluate.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
@@ -144,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seqlen", type=int, help="tokens of a window (default 2048, at most what the model takes)")
     evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=commands.evaluate)
 
-    export = commands.add_parser("export", help="write a compressed model down for engines that know no codes")
+    export = subparsers.add_parser("export", help="write a compressed model down for engines that know no codes")
     export.add_argument("path", metavar="DIR", help="folder or hub id of a model, or folder of an adapter")
     export.add_argument("target", metavar="OUT", help="folder, or file of GGUF, to create")
     export.add_argument("--to", required=True, choices=("dense", "gguf"), help="format")
@@ -154,9 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", metavar="DIR", help="adapter to merge on the way")
     export.add_argument("--dtype", choices=_DTYPES, help="dense: of the weights (default: the model's)")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=commands.export)
 
-    plan = commands.add_parser("plan", help="say what a model needs in memory, and which settings fit")
+    plan = subparsers.add_parser("plan", help="say what a model needs in memory, and which settings fit")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
     plan.add_argument(
         "--bits", type=float, help="true bits per weight, 1 to 8 (default 4; a compressed model has its own)"
@@ -194,212 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--samples", type=int, default=128, help="calibration sequences of the compression")
     plan.add_argument("--gpu-memory", metavar="24GiB", type=_bytes, help="find the settings that fit")
     plan.add_argument("--json", action="store_true", help="one JSON object, in bytes, instead of tables")
-    plan.set_defaults(run=_plan)
-    for command in commands.choices.values():
+    plan.set_defaults(run=commands.plan)
+    for command in subparsers.choices.values():
         command.set_defaults(parser=command)
     return parser
-
-
-def _compress(options: argparse.Namespace) -> None:
-    from .compress.checkpoint import compress_checkpoint
-    from .compress.policy import EMBEDDING_BITS
-    from .compress.report.verdict import verdict
-    from .hf.config import ClusCompQuantizationConfig
-
-    given = {name: getattr(options, name) for name in _OF_CALIBRATION if getattr(options, name) is not None}
-    if given and options.calibration == "none":
-        name, value = next(iter(given.items()))
-        flag = f"--{name} {value}" if value is not True and value is not False else f"--{'' if value else 'no-'}{name}"
-        raise ValueError(
-            f"{flag} is about calibration text, and --calibration none takes none; leave one of the two out."
-        )
-    config = ClusCompQuantizationConfig(
-        bits=options.bits,
-        group_size=options.group_size,
-        num_clusters=options.num_clusters,
-        scales=options.scales,
-        embeddings=EMBEDDING_BITS if options.embeddings is True else options.embeddings,
-        codebook_dtype=options.codebook_dtype,
-        seed=options.seed,
-        quality=options.quality,
-    )
-    summary = compress_checkpoint(
-        options.source,
-        options.target,
-        config,
-        size=options.size,
-        calibration=options.calibration,
-        device=options.device,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-        workers=options.workers,
-        **given,
-    )
-    if options.json:
-        print(json.dumps({"folder": options.target, **summary}))
-        return
-    print(
-        f"{options.target}: {summary['matrices']} matrices at {summary['true_bits']:.3f} true bits per weight, "
-        f"{_embedding_bits(summary)}relative error {summary['relative_error']:.4f}, {summary['seconds']:.1f} s, "
-        f"peak memory {summary['peak_memory'] / 1e9:.2f} GB"
-    )
-    lines, warnings = verdict(summary, summary["losses"], options.target)
-    for line in (*lines, summary["coverage"]):
-        print(_printable(line))
-    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    for line in warnings:
-        print(f"{red}{_printable(line)}{plain}")
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from .compress.report.record import write_page
-    from .hf.reading import inspect_checkpoint
-
-    matrices, totals = inspect_checkpoint(options.path)
-    if options.html is not None:
-        write_page(options.path, options.html)
-    if options.json:
-        print(json.dumps({"matrices": [asdict(entry) for entry in matrices], "totals": totals}))
-        return
-    what = "embeddings, " if totals["embedding_bits"] is None else ""
-    rows = [("matrix", "shape", "stored as", "true bits", "error")]
-    for entry in matrices:
-        shape = f"{entry.out_features} x {entry.in_features}"
-        rows.append((entry.name, shape, entry.spec, f"{entry.true_bits:.3f}", _number(entry.relative_error)))
-    rows.append(
-        (
-            f"{len(matrices)} matrices",
-            f"{totals['weights'] / 1e6:.2f} M",
-            f"{totals['clustered_bytes'] / 1e6:.2f} MB",
-            f"{totals['true_bits']:.3f}",
-            _number(totals["relative_error"]),
-        )
-    )
-    rows = [(_printable(name), shape, spec, bits, error) for name, shape, spec, bits, error in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for number, row in enumerate(rows):
-        if number in (1, len(rows) - 1):
-            print("-" * (sum(widths) + 8))
-        left = [text.ljust(width) for text, width in zip(row[:3], widths, strict=False)]
-        right = [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
-        print("  ".join(left + right))
-    print(
-        f"{_embedding_bits(totals)}weight files {totals['total_bytes'] / 1e6:.2f} MB, of which "
-        f"{totals['dense_bytes'] / 1e6:.2f} MB are {what}norms and other tensors left dense"
-    )
-    print(_printable(totals["coverage"]))
-
-
-def _embedding_bits(numbers: dict[str, Any]) -> str:
-    bits = numbers["embedding_bits"]
-    return "" if bits is None else f"embeddings at {bits:.3f} true bits, "
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from .compress.architecture import read_tokenizer, refuse_evaluation
-    from .compress.calibration.text import read_documents, token_windows
-    from .compress.stream.headers import adapter_base, check_folder
-    from .hf.evaluate import evaluate
-
-    if options.max_tokens is not None and options.max_tokens < 2:
-        raise ValueError(
-            f"--max-tokens must be at least 2, one token and the next to predict from it, got {options.max_tokens}; "
-            "leave it out to take the whole text."
-        )
-    base = adapter_base(options.path)
-    if base is not None:
-        if options.adapter is not None:
-            raise ValueError(
-                f"{options.path} is an adapter, as --adapter {options.adapter} is; give the base, {base}."
-            )
-        options.path, options.adapter = base, options.path
-    check_folder(options.path)
-    refuse_evaluation(AutoConfig.from_pretrained(options.path), options.path)
-    tokenizer = read_tokenizer(options.path)
-    if tokenizer is None:
-        raise ValueError(
-            f"{options.path} has no tokenizer that can be read here, so --data cannot be cut into tokens; copy "
-            "tokenizer.json and tokenizer_config.json of the dense model into it."
-        )
-    documents = read_documents(options.data, tokenizer)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    seqlen = min(2048, limit or 2048) if options.seqlen is None else options.seqlen
-    if limit is not None and seqlen > limit:
-        raise ValueError(f"--seqlen {seqlen} is more than the {limit} positions of the model; give at most {limit}.")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    windows = token_windows(documents, tokenizer, seqlen, max_tokens=options.max_tokens, vocab_size=vocabulary)
-    if options.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, options.adapter)
-    teacher: Any = None
-    if options.teacher is not None:
-        check_folder(options.teacher)
-        refuse_evaluation(AutoConfig.from_pretrained(options.teacher), options.teacher)
-        teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=options.dtype).eval()
-    result = evaluate(model, windows, progress=not options.json, tokenizer=tokenizer, teacher=teacher)
-    if options.json:
-        print(json.dumps(asdict(result)))
-        return
-    per_byte = "" if result.bits_per_byte is None else f" ({result.bits_per_byte:.3f} bits per byte)"
-    print(
-        f"loss {result.loss:.4f} nats{per_byte}, perplexity {result.perplexity:.3f} over {result.tokens} tokens, "
-        f"{result.true_bits:.3f} true bits per weight of the linear layers, {result.all_bits:.3f} of all weights"
-    )
-    if result.kl is not None and result.agreement is not None:
-        print(
-            f"KL from {_printable(options.teacher)} {result.kl:.4f} nats per token, the same likeliest token in "
-            f"{100 * result.agreement:.1f} % of places"
-        )
-
-
-def _export(options: argparse.Namespace) -> None:
-    if options.to == "gguf":
-        _export_gguf(options)
-        return
-    from .export.dense import export_dense
-
-    if options.type is not None:
-        raise ValueError("--type belongs to --to gguf; a dense checkpoint takes --dtype.")
-    dtype = options.dtype or "auto"
-    summary = export_dense(
-        options.path, options.target, adapter=options.adapter, dtype=dtype, overwrite=options.overwrite
-    )
-    print(
-        f"{options.target}: {summary['matrices']} matrices decoded to {summary['dtype']}, "
-        f"{summary['bytes'] / 1e6:.1f} MB of weight files, {summary['seconds']:.1f} s"
-    )
-
-
-def _export_gguf(options: argparse.Namespace) -> None:
-    try:
-        from .export.gguf.file import export_gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ValueError("--to gguf needs the package gguf: install cluscomp_peft[gguf].") from error
-    if options.dtype is not None:
-        raise ValueError("--dtype belongs to --to dense; a GGUF file takes --type.")
-    kind = options.type or "Q8_0"
-    summary = export_gguf(
-        options.path, options.target, kind=kind, adapter=options.adapter, overwrite=options.overwrite
-    )
-    print(
-        f"{options.target}: {summary['tensors']} tensors as {kind}, {summary['bytes'] / 1e6:.1f} MB, "
-        f"{summary['seconds']:.1f} s"
-    )
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from .plan import Settings, plan, render
-
-    given = {item.name: getattr(options, item.name) for item in fields(Settings) if item.name in options}
-    settings = Settings(**given)
-    forecast = plan(options.model, settings, options.gpu_memory)
-    print(json.dumps(forecast.to_dict()) if options.json else render(forecast))
 
 
 def _bytes(text: str) -> int:
@@ -413,15 +208,6 @@ def _bytes(text: str) -> int:
         cure = "" if unit else f"; give it a unit, such as {number}GiB"
         raise argparse.ArgumentTypeError(f"{text} is {size} bytes, fewer than any model takes{cure}")
     return size
-
-
-def _printable(text: str) -> str:
-    """Names out of files, as a terminal may get them: one could hold what moves its cursor."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 if __name__ == "__main__":

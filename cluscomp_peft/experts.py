@@ -27,12 +27,11 @@ from .dense import is_dense_linear
 from .expert_weights import Expert, ExpertWeights, layer_name
 from .offloading import hooks_of
 from .placement import is_sharded, shape_of
-from .upstream.transformers import (
+from .upstream.transformers import is_loaded, mark_loaded
+from .upstream.transformers_experts import (
     apply_gate,
     follow_implementation,
     has_implementations,
-    is_loaded,
-    mark_loaded,
     register_experts,
     use_implementation,
 )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -38,11 +37,12 @@ from ..experts import ExpertStack, fuse, unfuse, unfuse_stack
 from ..layout import summarize, unmatched
 from ..linear import ClusteredLinear
 from ..offloading import hooks_of
-from ..upstream.accelerate import device_map_of, kept_weights, offload_hook, state_dict_of_offloaded
+from ..upstream.accelerate import device_map_of, state_dict_of_offloaded
 from ..upstream.peft import keep_dtypes
-from ..upstream.transformers import ConversionOps, is_loaded, kept_in_fp32, mark_loaded
+from ..upstream.transformers import ConversionOps, kept_in_fp32, mark_loaded
 from .config import ClusCompQuantizationConfig
 from .embeddings import forget_embeddings, place_embedding
+from .on_load import ClusterOnLoad, arrived, in_thread
 from .reading import check_tensors, stored_specs
 from .refusals import (
     refuse_adapters,
@@ -162,7 +162,7 @@ class ClusCompHfQuantizer(HfQuantizer):
             f"{name}.{key}"
             for name, module in clustered_weights(model)
             for key, parameter in module._parameters.items()
-            if self.pre_quantized and key != "bias" and parameter is not None and not _arrived(module, key, parameter)
+            if self.pre_quantized and key != "bias" and parameter is not None and not arrived(module, key, parameter)
         ]
         if absent:
             shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
@@ -221,7 +221,7 @@ class ClusCompHfQuantizer(HfQuantizer):
         cores = torch.get_num_threads() if weight.device.type == "cpu" else 1
         together = max(1, min(cores, TOGETHER // max(1, weight.numel())))
         self._collect(model, together - 1)
-        self._jobs.append((name, dense, _in_thread(self._cluster, name, dense, cores // together)))
+        self._jobs.append((name, dense, in_thread(self._cluster, name, dense, cores // together)))
 
     @torch.no_grad()
     def _cluster(self, name: str, dense: nn.Module, threads: int) -> tuple[ClusteredLinear, dict[str, float]]:
@@ -328,41 +328,6 @@ class ClusCompHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
 
 
-class ClusterOnLoad(ConversionOps):
-    """Clusters one dense weight as it comes from the checkpoint and puts the clustered layer in place."""
-
-    def __init__(self, hf_quantizer: ClusCompHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        assert model is not None
-        (key, value), *_ = input_dict.items()
-        value = value[0] if isinstance(value, list) else value
-        owner, _, leaf = key.rpartition(".")
-        if missing_keys is not None:
-            missing_keys.discard(key)
-        if self.hf_quantizer.failure is None:
-            weight = nn.Parameter(value, requires_grad=False)
-            mark_loaded(weight)  # or transformers fills it anew
-            model.get_submodule(owner)._parameters[leaf] = weight
-            names = [owner]
-            stack = self.hf_quantizer.take_apart(key)
-            if stack is not None:
-                names = [layer_name(key, index) for index in range(len(value))]
-            del value, weight, input_dict
-            for name in names:
-                self.hf_quantizer.submit(model, name, model.get_submodule(name))
-        return {}
-
-
 def _no_model() -> None:
     """Of a quantizer whose model is gone, or another's."""
     return None
@@ -377,25 +342,3 @@ def _stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
 def model_fingerprint(model: nn.Module) -> str | None:
     """Digest of the codes of every clustered layer; None if some are offloaded and were never seen."""
     return combine_fingerprints(module.fingerprint() for _, module in clustered_weights(model))
-
-
-def _arrived(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-    """Whether loading found a parameter: in memory, or for its offloading hook to find."""
-    hook = offload_hook(module)
-    if hook is not None:
-        return key in kept_weights(hook)
-    return parameter.is_meta or is_loaded(parameter)
-
-
-def _in_thread(function: Callable, *arguments: Any) -> Future:
-    """Runs it in a thread that ends with it: nobody is told when loading is interrupted, who could end a pool."""
-    future: Future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="cluscomp-on-load").start()
-    return future

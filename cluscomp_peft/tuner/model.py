@@ -39,7 +39,7 @@ from .loading import adapted_layers, prepare_tensors
 from .merging import all_or_nothing, check_merging, is_merged, is_unloaded, set_merged, tuner_layers
 from .planning import check_layers, check_task, spec_of
 from .saving import check_saved, code_digests, complete_tensors, read_facts
-from .targets import default_targets, expert_targets, matched_layers
+from .targets import matched_layers, resolve_targets
 from .units import count_blocks
 
 __all__ = ["ClusCompModel"]
@@ -122,15 +122,7 @@ class ClusCompModel(BaseTuner):
         """Resolves the targets and checks them all; see the module docstring."""
         peft_config.check()
         check_task(self.model, peft_config)
-        targets = peft_config.target_modules
-        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            only_experts = targets is None and peft_config.target_parameters
-            chosen = set() if only_experts else default_targets(self.model, peft_config)
-            peft_config.target_modules = chosen  # type: ignore[assignment]
-        if peft_config.target_parameters:
-            experts = expert_targets(self.model, peft_config.target_parameters)
-            peft_config.target_modules = {*peft_config.target_modules, *experts}  # type: ignore[assignment,misc]
-            peft_config.target_parameters = None  # PEFT would look for the parameters
+        resolve_targets(self.model, peft_config)
         layers = matched_layers(self.model, peft_config)
         injection = self._injection
         injection.trained_blocks = count_blocks(layers)

@@ -17,7 +17,20 @@ from ..upstream.peft import matches
 from .config import ClusCompConfig
 from .layer import ClusCompLayer
 
-__all__ = ["default_targets", "expert_targets", "matched_layers"]
+__all__ = ["default_targets", "expert_targets", "matched_layers", "resolve_targets"]
+
+
+def resolve_targets(model: nn.Module, config: ClusCompConfig) -> None:
+    """Writes the names of layers into `config.target_modules` where it has None, "all-linear", or parameters of
+    experts beside it."""
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        only_experts = targets is None and config.target_parameters
+        config.target_modules = set() if only_experts else default_targets(model, config)  # type: ignore[assignment]
+    if config.target_parameters:
+        experts = expert_targets(model, config.target_parameters)
+        config.target_modules = {*config.target_modules, *experts}  # type: ignore[assignment,misc]
+        config.target_parameters = None  # PEFT would look for the parameters
 
 
 def default_targets(model: nn.Module, config: ClusCompConfig) -> set[str]:

@@ -21,19 +21,15 @@ __all__ = [
     "QUANTIZER_METHODS",
     "TRAINER_METHODS",
     "ConversionOps",
-    "apply_gate",
     "build_from_config",
     "causal_class_name",
     "convert",
-    "follow_implementation",
     "forget_adapters",
-    "has_implementations",
     "is_loaded",
     "keep_columns",
     "kept_in_fp32",
     "mark_loaded",
     "quantizer_of",
-    "register_experts",
     "register_format",
     "renaming_of",
     "sources_of",
@@ -42,7 +38,6 @@ __all__ = [
     "tie_weights_again",
     "tied_weights",
     "tokens_are_counted",
-    "use_implementation",
 ]
 
 # The module that has the registry of formats. We register when it has been imported; if the registry moves, that comes
@@ -296,63 +291,6 @@ def convert(
         raise ValueError(f"{name} is not all that is made of its tensors, but {', '.join(sorted(made))}")
     value = made[name]
     return value[0] if isinstance(value, list) else value
-
-
-def has_implementations(module: Any) -> bool:
-    """Whether a module's class of experts is one of those with `use_experts_implementation`, which leaves
-    `is_transposed`, `has_gate`, `has_bias`, `has_post_expert_norm`, `config` and `_apply_gate` on it.
-
-    If it notes them elsewhere, experts of most families cannot be clustered.
-    """
-    noted = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config", "_apply_gate")
-    return all(hasattr(module, name) for name in noted)
-
-
-def apply_gate(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
-    """The gate of experts [tokens, 2 · inner] to [tokens, inner]: `module._apply_gate`.
-
-    If it is called otherwise, models with clustered experts do not run.
-    """
-    return module._apply_gate(gate_up)
-
-
-def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:
-    """Makes an implementation of experts known: `ALL_EXPERTS_FUNCTIONS`, called as `forward(module, hidden_states,
-    top_k_index, top_k_weights)`.
-
-    If the registry works otherwise, models with clustered experts do not run.
-    """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(name, forward)
-
-
-def use_implementation(module: Any, name: str) -> None:
-    """Makes the experts of one module run by an implementation, whatever the model is set to: a module looks it up by
-    `module.config._experts_implementation`.
-
-    If it is looked up elsewhere, models with clustered experts do not run.
-    """
-    if not isinstance(module.config, _Pinned):
-        module.config = _Pinned(module.config, name)
-
-
-def follow_implementation(module: Any) -> None:
-    """Undoes [`use_implementation`]."""
-    if isinstance(module.config, _Pinned):
-        module.config = module.config.config
-
-
-class _Pinned:
-    """A config of which one answer is another."""
-
-    def __init__(self, config: Any, implementation: str) -> None:
-        self.config, self._experts_implementation = config, implementation
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "config":  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.config, name)
 
 
 def quantizer_of(model: nn.Module) -> Any:

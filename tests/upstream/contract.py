@@ -22,8 +22,9 @@ def contract(room: ModuleType, *names: str, says: str | None = None) -> Callable
         names: What it exports.
         says (`str`, *optional*): What breaks, by default the docstring of the first name.
     """
-    library = room.__name__.rpartition(".")[2]
-    HELD.update((library, name) for name in names)
+    file = room.__name__.rpartition(".")[2]
+    library = file.partition("_")[0]
+    HELD.update((file, name) for name in names)
     text = says or inspect.getdoc(getattr(room, names[0]))
 
     def hold(test: Callable) -> Callable:
@@ -33,7 +34,7 @@ def contract(room: ModuleType, *names: str, says: str | None = None) -> Callable
                 test(*args, **kwargs)
             except Exception as error:
                 raise AssertionError(
-                    f"{library} {importlib.metadata.version(library)} is not as cluscomp_peft/upstream/{library}.py "
+                    f"{library} {importlib.metadata.version(library)} is not as cluscomp_peft/upstream/{file}.py "
                     f"relies on: {', '.join(names)}.\n{text}\n{type(error).__name__}: {error}"
                 ) from error
 

@@ -33,6 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp_peft.upstream import transformers as room
+from cluscomp_peft.upstream import transformers_experts as experts_room
 from cluscomp_peft.upstream.accelerate import offload_hook
 from tests.conftest import tiny_llama
 from tests.mixtures import tiny_mixture
@@ -399,18 +400,20 @@ def test_experts_are_made_of_what_a_checkpoint_holds(tmp_path):
         assert torch.equal(made, whole[2:3])
 
 
-@contract(room, "has_implementations", "apply_gate")
+@contract(experts_room, "has_implementations", "apply_gate")
 def test_classes_of_experts_say_how_they_compute():
     mixtral, gpt_oss = (tiny_mixture(family).model.layers[0].mlp.experts for family in ("mixtral", "gpt_oss"))
-    assert room.has_implementations(mixtral) and not room.has_implementations(tiny_llama().model.layers[0].mlp)
+    assert experts_room.has_implementations(mixtral) and not experts_room.has_implementations(
+        tiny_llama().model.layers[0].mlp
+    )
     assert (mixtral.is_transposed, mixtral.has_gate, mixtral.has_bias) == (False, True, False)
     assert (gpt_oss.is_transposed, gpt_oss.has_gate, gpt_oss.has_bias) == (True, True, True)
     assert not mixtral.has_post_expert_norm and not tiny_mixture("nemotron_h").model.layers[1].mixer.experts.has_gate
     x = torch.randn(3, 80)
-    assert torch.equal(room.apply_gate(mixtral, x), mixtral.act_fn(x[:, :40]) * x[:, 40:])
+    assert torch.equal(experts_room.apply_gate(mixtral, x), mixtral.act_fn(x[:, :40]) * x[:, 40:])
 
 
-@contract(room, "register_experts", "use_implementation", "follow_implementation")
+@contract(experts_room, "register_experts", "use_implementation", "follow_implementation")
 def test_an_implementation_of_experts_is_used_in_one_module(tokens):
     model = tiny_mixture("mixtral")
     first, second = (layer.mlp.experts for layer in model.model.layers)
@@ -420,12 +423,12 @@ def test_an_implementation_of_experts_is_used_in_one_module(tokens):
         calls.append((module, hidden_states.shape, top_k_index.shape, top_k_weights.shape))
         return torch.zeros_like(hidden_states)
 
-    room.register_experts("cluscomp_contract", forward)
-    room.use_implementation(first, "cluscomp_contract")
+    experts_room.register_experts("cluscomp_contract", forward)
+    experts_room.use_implementation(first, "cluscomp_contract")
     assert first.config.hidden_size == second.config.hidden_size
     model(tokens)
     assert calls == [(first, (20, 32), (20, 2), (20, 2))]
-    room.follow_implementation(first)
+    experts_room.follow_implementation(first)
     model(tokens)
     assert len(calls) == 1 and first.config is second.config
 

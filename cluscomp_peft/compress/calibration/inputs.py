@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ...expert_weights import Expert
-from ...upstream.transformers import has_implementations
+from ...upstream.transformers_experts import has_implementations
 from .blocks import BlockModel
 
 __all__ = ["KEPT_BYTES", "BlockInputs", "Moments", "Rows"]
