@@ -16,8 +16,8 @@ class Waiting:
     """A finder of modules that imports `cluscomp_peft` when one of `NAMES` is about to be imported, and finds none."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in NAMES or self not in sys.meta_path:
-            return None
+        if name not in NAMES or self not in sys.meta_path or sys.modules.get("cluscomp_peft") is not None:
+            return None  # whoever imported the package has its own finder
         sys.meta_path.remove(self)
         try:
             import cluscomp_peft  # noqa: F401  (importing registers)

@@ -422,7 +422,7 @@ def manual_loss(model, text: str, length: int) -> tuple[float, int]:
 def test_evaluate_is_the_mean_loss_over_windows(made, text, capsys, length):
     flags = [] if length == 64 else ["--seqlen", str(length)]  # the default is what the model takes
     result = output_of(capsys, "evaluate", made, "--data", text, *flags)
-    keys = {"loss", "perplexity", "tokens", "true_bits", "bits_per_byte", "kl", "agreement"}
+    keys = {"loss", "perplexity", "tokens", "true_bits", "all_bits", "bits_per_byte", "kl", "agreement"}
     assert result.keys() == keys and result["kl"] is result["agreement"] is None
     model = AutoModelForCausalLM.from_pretrained(made)
     loss, tokens = manual_loss(model, text, length)
@@ -504,7 +504,7 @@ def test_evaluate_refuses_what_cannot_be_measured(tmp_path, made, text, failing)
     absent = str(tmp_path / "absent")
     assert f"{absent} is not a file" in failing("evaluate", made, "--data", absent)
     assert absent in failing("evaluate", made, "--data", text, "--adapter", absent)
-    assert "at least 2 are needed" in failing("evaluate", made, "--data", text, "--max-tokens", "1")
+    assert "--max-tokens must be at least 2" in failing("evaluate", made, "--data", text, "--max-tokens", "1")
 
 
 def test_evaluate_refuses_an_adapter_of_another_base(tmp_path, dense_dir, adapter, text, failing):

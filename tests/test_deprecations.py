@@ -38,7 +38,9 @@ def test_a_call_that_torch_passes_on_is_found(found):
     assert len(found) == 1
 
 
-def test_what_is_logged_as_deprecated_is_found(found):
+def test_what_is_logged_as_deprecated_is_found(found, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)  # whatever other tests left
+    logging.getLogger("transformers.models").manager._clear_cache()
     function_of("transformers", "logging.getLogger('transformers.models').warning('`torch_dtype` is deprecated!')")()
     function_of("transformers", "logging.getLogger('transformers.models').warning('weights are new')")()
     assert len(found) == 1 and "torch_dtype" in found[0]

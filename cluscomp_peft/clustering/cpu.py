@@ -86,7 +86,7 @@ def assign(
     """Nearest of the centroids [n, d] for each vector [N, d]: codes [N] int64 and squared distances [N] fp32.
 
     Exact up to d = 6. Above, vectors move along lists of near centroids until few still move; on weights the sum of
-    the distances is then less than 0.3 % above the exact one (`recipes/benchmarks/kmeans_speed.py` measures it).
+    the distances is then less than 0.5 % above the exact one (`recipes/benchmarks/kmeans_speed.py` measures it).
     """
     with _Clustering(vectors, None, threads) as job:
         job.start_from(centroids, seed)

@@ -121,15 +121,15 @@ def test_large_assignments_are_brute_force(dim):
 
 
 @pytest.mark.parametrize("dim", [7, 8, 11, 16])
-def test_near_assignments_lose_less_than_three_per_mille(dim):
+def test_near_assignments_lose_less_than_five_per_mille(dim):
     vectors = weights_of_a_model(40_000, dim)
     centroids = vectors[:: 40_000 // 2000].clone()
     best = torch.cdist(vectors.double(), centroids.double()).min(1).values.square().sum()
     lost = float(assign(vectors, centroids)[1].double().sum() / best) - 1
-    assert -1e-6 < lost < 3e-3
+    assert -1e-6 < lost < 5e-3
     codebook, codes, info = kmeans(vectors, 2000, engine="cpu")
     best = torch.cdist(vectors.double(), codebook.double()).min(1).values.square().sum()
-    assert -1e-6 < info.objective / float(best) - 1 < 3e-3
+    assert -1e-6 < info.objective / float(best) - 1 < 5e-3
     assert int(codes.max()) < 2000
 
 

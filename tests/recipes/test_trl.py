@@ -354,5 +354,5 @@ def test_the_trainer_of_transformers_trains_an_adapter(base_for, kind, tokens, t
 
 
 def test_a_compressed_model_without_an_adapter_is_not_trained(base_for, tmp_path):
-    with pytest.raises(ValueError, match="fine-tuning on purely quantized models"):
+    with pytest.raises(ValueError, match="is clustered and has no adapter"):
         Trainer(model=base_for("compressed"), args=TrainingArguments(**plain_settings(tmp_path)))

@@ -59,7 +59,7 @@ def test_the_deeper_the_model_the_shorter_the_step(kind, tokens):
         assert len(moved) == 7 * depth
         found[depth] = {name: distance for name, distance in moved.items() if ".layers.0." in name}
     for name, distance in found[1].items():
-        assert distance / found[8][name] == pytest.approx(8, rel=0.1), name
+        assert distance / found[8][name] == pytest.approx(8, rel=0.2), name
 
 
 def test_the_more_numbers_the_shorter_the_step(tokens):
