@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DbrxConfig
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
@@ -19,7 +19,7 @@ from cluscomp_peft.expert_weights import Expert, ExpertWeights
 from cluscomp_peft.experts import fuse, fused_stacks, stacks_apart, unfuse
 from cluscomp_peft.hf.reading import inspect_checkpoint
 from cluscomp_peft.linear import ClusteredLinear, count_parameters, dense_bits
-from tests.conftest import logits_of
+from tests.conftest import WORDS, logits_of
 from tests.mixtures import FAMILIES, tiny_mixture
 
 # One of each layout: apart in the file, [E, in, out] by torch.bmm, the same with biases and a gate of its own.
@@ -235,6 +235,20 @@ def test_what_stands_for_the_parameter_answers_like_one():
     assert torch.equal(weights[-1] * 2, parameter[3] * 2)  # decoded
     with pytest.raises(NotImplementedError, match=r"one by one or by torch\.bmm, but this model calls einsum"):
         torch.einsum("abc,ace->abe", torch.randn(4, 5, 32), weights)
+
+
+def test_experts_in_one_matrix_are_refused_by_name():
+    """DBRX keeps the matrices of its experts one below the other, which no shape tells."""
+    settings = dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=len(WORDS), ffn_config=settings,
+        attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"cannot be taken apart: .*ffn\.experts\.mlp\.w1 \(192, 32\)"):
+        ClusCompQuantizationConfig().policy.targets(model)
+    chosen = ClusCompQuantizationConfig(target_modules=["Wqkv"]).policy.targets(model)
+    assert len(chosen) == 2
 
 
 def test_packed_sources_are_refused_by_name(saved, tmp_path):

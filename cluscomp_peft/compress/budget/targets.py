@@ -106,7 +106,7 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
                 reason = _OUTSIDE
             found.append(LinearWeight(name, module, size, reason))
         else:
-            found += _three_dimensional(name, module, stacks)
+            found += _stacked(name, module, stacks)
     # A model without linear layers in lists of blocks has them elsewhere.
     if not any(weight.reason is None for weight in found):
         found = [replace(weight, reason=None) if weight.reason == _OUTSIDE else weight for weight in found]
@@ -163,16 +163,19 @@ def refuse_some_experts(model: nn.Module, chosen: Collection[str]) -> None:
             )
 
 
-def _three_dimensional(name: str, module: nn.Module, stacks: set[str]) -> list[LinearWeight]:
-    """Matrices that are stacked in 3-D parameters: experts that are not taken apart, or gates of several heads."""
+def _stacked(name: str, module: nn.Module, stacks: set[str]) -> list[LinearWeight]:
+    """Matrices that are stacked in one parameter of three dimensions, or those of experts in two (DBRX): experts that
+    are not taken apart, or gates of several heads."""
     if isinstance(module, (_ConvNd, ParametrizationList)):
         return []
     found = []
     for key, parameter in module._parameters.items():
         shape = torch.Size(()) if parameter is None else shape_of(parameter)
+        full = f"{name}.{key}" if name else key
+        if len(shape) == 2 and "experts" in name.split(".") and "bias" not in key and min(shape) > 1:
+            found.append(LinearWeight(full, module, math.prod(shape), _EXPERTS, layer=False))
         if len(shape) != 3 or shape[0] < 2 or key == "codebook":
             continue
-        full = f"{name}.{key}" if name else key
         reason = _EXPERTS if full in stacks else "a 3-D parameter of no linear layer"
         found.append(LinearWeight(full, module, math.prod(shape), reason, layer=False))
     return found
