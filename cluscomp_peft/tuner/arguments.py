@@ -29,7 +29,8 @@ def explains_arguments(cls: _Class) -> _Class:
             near = difflib.get_close_matches(name, known, n=1)
             cure = f"give {near[0]}=" if near else f"it has {', '.join(known)}"
             cure = _OF_LORA.get(name, cure).format(value=kwargs[name])
-            raise TypeError(f"{cls.__name__} has no argument {name}={kwargs[name]!r}; {cure}.")
+            # Python's words, by which PEFT tells arguments of later versions in a saved config, and leaves them out.
+            raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name}={kwargs[name]!r}; {cure}.")
         init(self, *args, **kwargs)
 
     cls.__init__ = explained  # type: ignore[misc]

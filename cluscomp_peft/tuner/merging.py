@@ -192,9 +192,10 @@ def is_merged(model: nn.Module, adapter_names: list[str]) -> bool:
     )
     if not layers or next(open_names, None) is not None:
         return False
+    # The first words are PEFT's own, which its callers look for.
     warnings.warn(
-        f"adapter {', '.join(adapter_names)} is merged already and is not added a second time; unmerge_adapter() "
-        "takes it out.",
+        f"All adapters are already merged, nothing to do: {', '.join(adapter_names)}. What is merged is not added a "
+        "second time; unmerge_adapter() takes it out.",
         stacklevel=3,
     )
     return True
