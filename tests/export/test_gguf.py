@@ -297,16 +297,13 @@ def llama_cpp():
     return llama_cpp
 
 
-def opened(llama_cpp, path, **settings):
-    parameters = llama_cpp.LlamaModelParams()
-    for key, value in settings.items():
-        setattr(parameters, key, value)
-    return llama_cpp.LlamaModel(str(path), parameters)
+def opened(llama_cpp, path):
+    return llama_cpp.LlamaModel(str(path), llama_cpp.LlamaModelParams())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_computes_the_same_logits(llama_cpp, made, inputs, tmp_path, name):
+def test_llama_cpp_predicts_the_same_tokens(llama_cpp, made, inputs, tmp_path, name):
     _, folder = made(name)
     assert export(folder, tmp_path / "model.gguf", "--type", "F32") == 0
     model, tokens = opened(llama_cpp, tmp_path / "model.gguf"), inputs[0].tolist()
@@ -314,10 +311,13 @@ def test_llama_cpp_computes_the_same_logits(llama_cpp, made, inputs, tmp_path, n
     batch.add_sequence(tokens, 0, True)
     context = llama_cpp.LlamaContext(model, llama_cpp.LlamaContextParams())
     context.decode(batch)
-    found = torch.stack([torch.tensor(context.get_logits_ith(index)) for index in range(len(tokens))])
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(folder), inputs)[0]
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < 0.02 * float(expected.std())  # its cache is in fp16
+    sampler = llama_cpp.LlamaSampler(llama_cpp.LlamaSamplerChainParams())
+    sampler.add_greedy()
+    found = torch.tensor([sampler.sample(context, index) for index in range(len(tokens))])
+    logits = logits_of(AutoModelForCausalLM.from_pretrained(folder), inputs)[0]
+    best = logits.topk(2)
+    clear = best.values[:, 0] - best.values[:, 1] > 0.03 * logits.std()  # its cache is in fp16
+    assert int(clear.sum()) > 15 and torch.equal(found[clear], best.indices[clear, 0])
 
 
 @pytest.mark.slow
@@ -325,7 +325,8 @@ def test_llama_cpp_computes_the_same_logits(llama_cpp, made, inputs, tmp_path, n
 def test_llama_cpp_cuts_text_into_the_same_tokens(llama_cpp, tmp_path, split):
     tokenizer = with_byte_tokens() if split == "bytes" else byte_level(split)
     assert export(save(tmp_path / "dense", tokenizer=tokenizer), tmp_path / "model.gguf") == 0
-    vocabulary = opened(llama_cpp, tmp_path / "model.gguf", vocab_only=True).get_vocab()
+    model = opened(llama_cpp, tmp_path / "model.gguf")  # held: the vocabulary is a part of it
+    vocabulary = model.get_vocab()
     for text in [*TEXT[:3], "new WORDS 42 that were never seen: ñ"]:
         assert vocabulary.tokenize(text, True, True) == tokenizer(text)["input_ids"]
 
