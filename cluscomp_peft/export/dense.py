@@ -17,6 +17,7 @@ import time
 import warnings
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from .._version import __version__
@@ -26,6 +27,7 @@ from ..compress.stream.headers import weight_bytes
 from ..compress.stream.journal import Journal, disk_errors, save_tensors
 from ..compress.stream.shards import small_memory, trim_memory
 from ..compress.stream.split import Shard, split_into_shards
+from ..upstream.transformers_experts import as_stored
 from .source import MergedCheckpoint, Opened, open_checkpoint
 
 __all__ = ["export_dense"]
@@ -78,7 +80,7 @@ def export_dense(
         done = journal.content.setdefault("done", {})
         for shard in tqdm(shards, desc="Exporting", unit="shard", disable=None):
             if shard.file not in done:
-                done[shard.file] = _write(shard, checkpoint, work)
+                done[shard.file] = _write(shard, opened.model, checkpoint, work)
                 checkpoint.refuse_changes()
                 journal.commit()
                 trim_memory()
@@ -100,11 +102,14 @@ def export_dense(
     }
 
 
-def _write(shard: Shard, checkpoint: MergedCheckpoint, work: str) -> dict[str, Any]:
+def _write(shard: Shard, model: nn.Module, checkpoint: MergedCheckpoint, work: str) -> dict[str, Any]:
     """Writes a shard; returns what the journal keeps of it: bytes by key, digests by layer."""
     checkpoint.fingerprints.clear()
     checkpoint.codebooks.clear()
-    tensors = {key: checkpoint.read(key) for key in shard.keys}
+    tensors = {}
+    for key in shard.keys:
+        value, experts = checkpoint.read(key), checkpoint.experts(key)
+        tensors.update({key: value} if experts is None else as_stored(model, {experts: value}))
     save_tensors(os.path.join(work, shard.file), tensors)
     return {
         "keys": {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()},

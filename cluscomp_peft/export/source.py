@@ -4,6 +4,9 @@
                      └───────────── adapter ─────────────┘
     model.layers.0.mlp.up_proj.weight                                      what is read here
 
+    model.layers.0.mlp.experts.3.up_proj.codes, …                          of each expert of a mixture
+    model.layers.0.mlp.experts.up_proj                                     the parameter that holds all of them
+
 It answers as the [`DenseCheckpoint`] of the dense model does, so whatever reads that can read this: no more than the
 tensor that is asked for is ever dense.
 """
@@ -11,14 +14,13 @@ tensor that is asked for is ever dense.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..clustered_weight import VALUES
@@ -26,24 +28,16 @@ from ..codes import ClusterSpec, combine_fingerprints, num_groups, value_fingerp
 from ..compress.architecture import check_generation_config, empty_model, stored_dtype
 from ..compress.stream.headers import check_folder, weight_files
 from ..compress.stream.source import PARTS, DenseCheckpoint
-from ..dense import is_dense_linear, weight_shape
-from ..embedding import is_dense_embedding
+from ..experts import fuse, unfuse
 from ..hf.config import ClusCompQuantizationConfig
 from ..hf.reading import check_tensors, stored_specs
 from ..hf.refusals import refuse_non_finite
 from ..linear import ClusteredLinear
 from ..upstream.transformers import kept_in_fp32, renaming_of
 from .adapter import Adapter, is_adapter, read_config
+from .made import Layer, Made, tensors_made
 
 __all__ = ["MergedCheckpoint", "Opened", "open_checkpoint"]
-
-
-class Layer(NamedTuple):
-    """A layer whose weight is made instead of read: its name, [out, in], and whether it is a Conv1D."""
-
-    name: str
-    shape: tuple[int, int]
-    conv1d: bool
 
 
 class MergedCheckpoint(DenseCheckpoint):
@@ -51,8 +45,9 @@ class MergedCheckpoint(DenseCheckpoint):
 
     Args:
         folder (`str`): Of the checkpoint, compressed or dense.
-        model (`nn.Module`): The dense model without weights.
-        specs: How each clustered layer is stored; empty for a dense checkpoint.
+        model (`nn.Module`): The dense model without weights, experts fused.
+        made (`list[Made]`): Its tensors that hold weights which are clustered, or which the adapter changes.
+        clustered (`list[str]`): Names of the clustered layers, in the order of the model; none of a dense checkpoint.
         dtype (`torch.dtype`): Of floating-point tensors. Modules that transformers keeps in fp32 in a model of this
             dtype stay so here.
         adapter ([`Adapter`], *optional*): Merged on the way.
@@ -69,55 +64,71 @@ class MergedCheckpoint(DenseCheckpoint):
         self,
         folder: str,
         model: nn.Module,
-        specs: Mapping[str, ClusterSpec],
+        made: Iterable[Made],
+        clustered: Sequence[str],
         dtype: torch.dtype,
         adapter: Adapter | None = None,
     ) -> None:
         rename = renaming_of(model)
         self.dtype, self.adapter = dtype, adapter
-        super().__init__(folder, str(getattr(model, "base_model_prefix", "")), rename)
-        self._stored = DenseCheckpoint(folder, self.prefix)  # as it is, with parts
+        self.clustered = dict.fromkeys(clustered)
+        prefix = str(getattr(model, "base_model_prefix", ""))
+        super().__init__(folder, prefix, rename)
+        # As it is: with parts, and the tensors of which the weights of dense experts are made.
+        self._stored = DenseCheckpoint(folder, prefix, rename, None if clustered else model)
         self.fingerprints: dict[str, str] = {}
         self.codebooks: dict[str, str] = {}
         self._fp32 = kept_in_fp32(model, dtype)
-        self._clustered: dict[str, Layer] = {}
-        self._adapted: dict[str, Layer] = {}
-        for name in specs:
-            self._hide_parts(_layer(model, name))
+        self._made: dict[str, Made] = {}
+        self._bases: dict[str, str] = {}  # of the parts of a clustered layer: their name in the file
+        places, hidden = {}, set()
+        for tensor in made:
+            key, sources = self._sources(tensor)
+            self._made[key], self._files[key] = tensor, self._files[sources[0]]
+            self._renamed[rename(key)] = key
+            places[sources[0]] = key
+            hidden |= {*sources}
+        # Each in the place of the first that it is made of.
+        self.shapes = {
+            places.get(key, key): shape for key, shape in self.shapes.items() if key in places or key not in hidden
+        }
+        self.shapes |= {key: tensor.shape for key, tensor in self._made.items()}
+        self.dtypes |= {key: self._dtype_of(key) for key in self._made}
         strays = [key for key in self.shapes if key.endswith(".codes")]
         if strays:
             raise ValueError(
-                f"{folder} holds {strays[0]}, which are the codes of no linear layer of {type(model).__name__}; "
-                "layers of that kind cannot be exported."
+                f"{folder} holds {strays[0]}, which are the codes of no layer of {type(model).__name__}; it was made "
+                "from another architecture, or its config.json is damaged."
             )
-        for key in self._clustered:
-            self._files[key] = self._files[f"{key.removesuffix('.weight')}.codes"]
-            self._renamed[rename(key)] = key
         self._names: dict[str, str] = {}
-        for name in adapter.layers if adapter is not None and adapter.brings_codes else ():
-            layer, found = _layer(model, name), self.find(f"{name}.weight")
-            if found is None:
-                raise ValueError(f"{folder} lacks {name}.weight, which the adapter changes; it is of another model.")
-            self._adapted[found] = layer
         if adapter is not None:
             keys = {name: self.find(name) for name, _ in model.named_parameters()}
             self._names = {known: name for name, known in keys.items() if known is not None}
             adapter.refuse_rest(self._names.values())
 
-    def _hide_parts(self, layer: Layer) -> None:
-        """Puts the weight of a clustered layer where its parts are."""
-        codes = self.find(f"{layer.name}.codes")
-        if codes is None:
-            raise ValueError(
-                f"{self.folder} lacks {layer.name}.codes; it is incomplete, download or compress it again."
-            )
-        base = codes.removesuffix(".codes")
-        key, shape = f"{base}.weight", layer.shape[::-1] if layer.conv1d else layer.shape
-        self.shapes = {key if known == codes else known: size for known, size in self.shapes.items()}
-        self.shapes[key], self.dtypes[key] = shape, self._dtype_of(key)
-        for part in PARTS:
-            self.shapes.pop(f"{base}.{part}", None)
-        self._clustered[key] = layer
+    def _sources(self, tensor: Made) -> tuple[str, list[str]]:
+        """The key that a tensor has here, and those of what it is made of."""
+        sources = []
+        for layer in tensor.layers:
+            if layer.name in self.clustered:
+                codes = self.find(f"{layer.name}.codes")
+                if codes is None:
+                    raise ValueError(
+                        f"{self.folder} lacks {layer.name}.codes; it is incomplete, download or compress it again."
+                    )
+                self._bases[layer.name] = codes.removesuffix(".codes")
+                sources += [f"{self._bases[layer.name]}.{part}" for part in PARTS]
+            else:
+                dense = self._stored.find(f"{layer.name}.weight")
+                if dense is None:
+                    raise ValueError(
+                        f"{self.folder} lacks {layer.name}.weight, which the adapter changes; it is of another model."
+                    )
+                sources += self._stored.keys_of(dense)
+        if tensor.stacked:
+            return tensor.name, sources
+        base = self._bases.get(tensor.layers[0].name)
+        return sources[0] if base is None else f"{base}.weight", sources
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of the dense model; floating-point ones in `dtype`, by default that of the whole.
@@ -127,32 +138,40 @@ class MergedCheckpoint(DenseCheckpoint):
         """
         wanted = dtype or self._dtype_of(key)
         with torch.no_grad():
-            if key in self._clustered:
-                layer = self._clustered[key]
-                weight = self._merged(key, layer).decode(wanted)
-                return weight.t().contiguous() if layer.conv1d else weight
-            tensor = super().read(key, wanted)
-            if self.adapter is None:
-                return tensor
-            if key in self._adapted:
-                layer = self._adapted[key]
-                dense = tensor.t() if layer.conv1d else tensor
-                weight = self.adapter.weight(layer.name, dense, wanted)
-                return weight.t().contiguous() if layer.conv1d else weight
-            return self.adapter.replaced(self._names.get(key, key), tensor)
+            if key in self._made:
+                tensor = self._made[key]
+                return tensor.of(self._weight(layer, tensor.transposed, wanted) for layer in tensor.layers)
+            value = super().read(key, wanted)
+            return value if self.adapter is None else self.adapter.replaced(self._names.get(key, key), value)
+
+    def experts(self, key: str) -> str | None:
+        """The name in the model of a tensor that holds the weights of all experts of a stack; None for others."""
+        tensor = self._made.get(key)
+        return tensor.name if tensor is not None and tensor.stacked else None
 
     @property
     def made(self) -> int:
         """How many weights are decoded or merged."""
-        return len(self._clustered) + len(self._adapted)
+        return sum(len(tensor.layers) for tensor in self._made.values())
 
     def state(self) -> list[tuple[str, int, int]]:
         """As of the checkpoint alone, with the adapter's file."""
         return super().state() + ([] if self.adapter is None else self.adapter.state())
 
-    def _merged(self, key: str, where: Layer) -> ClusteredLinear:
+    def _weight(self, layer: Layer, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] of a layer, decoded or merged, in `dtype`."""
+        if layer.name in self.clustered:
+            return self._merged(layer).decode(dtype)
+        key = self._stored.find(f"{layer.name}.weight")
+        assert key is not None and self.adapter is not None
+        dense = self._stored.read(key, dtype)
+        if transposed and key not in self._stored.assemblies:
+            dense = dense.t()
+        return self.adapter.weight(layer.name, dense, dtype) if layer.name in self.adapter.layers else dense
+
+    def _merged(self, where: Layer) -> ClusteredLinear:
         """A clustered layer as it is stored, with the adapter merged."""
-        base = key.removesuffix(".weight")
+        base = self._bases[where.name]
         keys = {part: f"{base}.{part}" for part in PARTS}
         parts = {part: self._stored.read(key) for part, key in keys.items() if key in self._stored.shapes}
         layer = ClusteredLinear.from_parts(
@@ -188,7 +207,7 @@ class Opened(NamedTuple):
     Args:
         folder (`str`): Of the checkpoint. tokenizer (`str`): Of the tokenizer, which an adapter may bring.
         config: The config of the dense model, in the dtype of the export.
-        model (`nn.Module`): The dense model without weights.
+        model (`nn.Module`): The dense model without weights, experts fused.
         checkpoint ([`MergedCheckpoint`]): Its tensors.
         fingerprint (`str`, *optional*): That the codes must have.
         clustered (`bool`): Whether anything is decoded or merged at all.
@@ -211,8 +230,7 @@ class Opened(NamedTuple):
         Raises:
             ValueError: If the codes are not those of the checkpoint.
         """
-        order = [name for name, _ in self.model.named_modules() if name in fingerprints]
-        found = combine_fingerprints(fingerprints[name] for name in order)
+        found = combine_fingerprints(fingerprints[name] for name in self.checkpoint.clustered)
         if self.fingerprint is not None and found != self.fingerprint:
             raise ValueError(
                 f"the codes of {self.folder} are not the ones it was saved with (fingerprint {found}, config.json "
@@ -267,24 +285,22 @@ def open_checkpoint(source: str, adapter: str | None = None, dtype: str = "auto"
     prefix = str(getattr(model, "base_model_prefix", ""))
     check_generation_config(folder)
     kept = stored_dtype(dtype, config, DenseCheckpoint(folder, prefix))
+    stacks = unfuse(model)
     specs: dict[str, ClusterSpec] = {}
     if quantization is not None:
         specs = stored_specs(model, quantization)
         layers = {name: model.get_submodule(name) for name in specs}
         check_tensors(weight_files(folder), quantization, layers, specs, prefix)
     merged = None if config_of_adapter is None else Adapter(config_of_adapter, model, specs)
-    checkpoint = MergedCheckpoint(folder, model, specs, kept, merged)
+    changed = [*specs, *(merged.layers if merged is not None and merged.brings_codes else ())]
+    made = tensors_made(model, stacks, changed)
+    fuse(model)
+    checkpoint = MergedCheckpoint(folder, model, made, list(specs), kept, merged)
     config.dtype = kept
     config.architectures = config.architectures or [type(model).__name__]
     tokenizer = adapter if adapter is not None and _has_tokenizer(adapter) else folder
     fingerprint = None if quantization is None else quantization.fingerprint
     return Opened(folder, tokenizer, config, model, checkpoint, fingerprint, bool(specs) or merged is not None)
-
-
-def _layer(model: nn.Module, name: str) -> Layer:
-    module = model.get_submodule(name)
-    assert is_dense_linear(module) or is_dense_embedding(module)
-    return Layer(name, weight_shape(module), isinstance(module, Conv1D))
 
 
 def _has_tokenizer(folder: str) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["apply_gate", "follow_implementation", "has_implementations", "register_experts", "use_implementation"]
+__all__ = [
+    "apply_gate",
+    "as_stored",
+    "follow_implementation",
+    "has_implementations",
+    "register_experts",
+    "use_implementation",
+]
 
 
 def has_implementations(module: Any) -> bool:
@@ -27,6 +34,17 @@ def apply_gate(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
     If it is called otherwise, models with clustered experts do not run.
     """
     return module._apply_gate(gate_up)
+
+
+def as_stored(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model under the names and in the pieces of its checkpoints, as `save_pretrained` writes them: by
+    `revert_weight_conversion`. Each has memory of its own.
+
+    If it works otherwise, mixtures cannot be exported, or their experts not be found by other engines.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return {name: value.clone() for name, value in revert_weight_conversion(model, dict(tensors)).items()}
 
 
 def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:

@@ -434,6 +434,20 @@ def test_an_implementation_of_experts_is_used_in_one_module(tokens):
     assert len(calls) == 1 and first.config is second.config
 
 
+@contract(experts_room, "as_stored")
+def test_a_tensor_of_all_experts_is_stored_in_the_pieces_of_the_checkpoint(tmp_path):
+    model = tiny_mixture("mixtral")
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    pieces = experts_room.as_stored(model, {name: model.get_parameter(name).detach()})
+    assert len(pieces) == 8 and all(torch.equal(file[key], value) for key, value in pieces.items())
+    assert len({value.untyped_storage().data_ptr() for value in pieces.values()}) == 8
+    gpt_oss = tiny_mixture("gpt_oss")  # stored as it is
+    whole = gpt_oss.get_parameter(name).detach()
+    assert torch.equal(experts_room.as_stored(gpt_oss, {name: whole})[name], whole)
+
+
 @contract(room, "forget_adapters")
 def test_a_model_whose_adapter_was_refused_takes_another(monkeypatch):
     from peft import LoraConfig

@@ -2,12 +2,13 @@
 
 Tensors are decoded, quantised and written one after another, so no more than one is dense in memory. The file gets its
 name when it is complete. Weights are decoded in fp32 and rounded once, to the type of the file; norms and biases stay
-fp32. Types that only llama.cpp makes go through a file in F16 beside the target.
+fp32. Types that only llama.cpp makes go through a file in F16, in a folder beside the target.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -73,13 +74,11 @@ def export_gguf(
     if kind in _OWN:
         replace_file(target, lambda path: _write(path, opened, tensors, name, kind))
     else:
-        whole = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.F16")
-        try:
-            replace_file(whole, lambda path: _write(path, opened, tensors, name, "F16"))
+        parent, file_name = os.path.split(target)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{file_name}.") as scratch:
+            whole = os.path.join(scratch, file_name)
+            _write(whole, opened, tensors, name, "F16")
             replace_file(target, lambda path: requantize(whole, path, kind))
-        finally:
-            if os.path.exists(whole):
-                os.remove(whole)
     return {"tensors": len(tensors), "bytes": os.path.getsize(target), "seconds": time.perf_counter() - started}
 
 
