@@ -32,6 +32,7 @@ __all__ = ["ClusCompConfigOfVllm", "ClusteredLinearMethod", "register"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _METHOD = "cluscomp"
+_AS_DENSE = "serve what `cluscomp export DIR OUT --to dense` makes of it."
 # What vLLM calls the parts of a merged layer when it loads them; other layers have numbers.
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -55,10 +56,27 @@ class ClusCompConfigOfVllm(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ClusCompConfigOfVllm:
+        """The config of a checkpoint that can be served.
+
+        Raises:
+            ValueError: If embeddings or experts are clustered, or the format is newer than this package.
+        """
+        # Its models do not tell an embedding its name, so it could not be refused there.
+        if config.get("embeddings") is not None:
+            raise ValueError(
+                "the embeddings of this checkpoint are clustered, and vLLM pads vocabularies, which codes cannot be; "
+                f"compress the model without --embeddings, or {_AS_DENSE}"
+            )
         if config.get("version") != 1:
             raise ValueError(
                 f"this checkpoint has version {config.get('version')!r} of the ClusComp format, but this "
                 "cluscomp_peft serves version 1; upgrade cluscomp_peft, or compress the model again."
+            )
+        experts = [name for name in config["layout"] if "experts" in name.split(".")]
+        if experts:
+            raise ValueError(
+                f"the experts of this checkpoint are clustered ({experts[0]}), which the vLLM plug-in does not serve; "
+                f"compress the model with experts left dense (exclude_modules), or {_AS_DENSE}"
             )
         return cls(config["layout"], _DTYPES[config["codebook_dtype"]])
 
@@ -91,10 +109,12 @@ class ClusCompConfigOfVllm(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding) and self._specs([prefix]):
             raise ValueError(
                 f"{prefix} is clustered, and vLLM pads vocabularies, which codes cannot be; compress the model with "
-                "its output head left dense, as it is by default."
+                f"its output head left dense, as it is by default, or {_AS_DENSE}"
             )
         if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self._inside(prefix)):
-            raise ValueError(f"the experts of {prefix} are clustered, which the vLLM plug-in does not serve.")
+            raise ValueError(
+                f"the experts of {prefix} are clustered, which the vLLM plug-in does not serve; {_AS_DENSE}"
+            )
         return None
 
     def _parts(self, prefix: str) -> list[ClusterSpec]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cluscomp_peft.cli import main
 from tests.export.test_gguf import SIZES, byte_level
+from tests.mixtures import tiny_mixture
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,33 @@ def test_tensor_parallelism_is_refused(python, folder, tmp_path):
     environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # or it asks for a socket for each rank
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode != 0 and "cannot be cut for tensor parallelism" in run.stdout + run.stderr
+
+
+ASK = """
+import json, sys
+from cluscomp_peft.serving.vllm import ClusCompConfigOfVllm
+
+try:
+    ClusCompConfigOfVllm.from_config(json.load(open(sys.argv[1]))["quantization_config"])
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("what", ["embeddings", "experts", "neither"])
+def test_what_is_not_served_is_refused_by_name_and_with_a_cure(python, what, tmp_path):
+    model = tiny_mixture("mixtral") if what == "experts" else LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.save_pretrained(tmp_path / "dense")
+    flags = ["--bits", "6", "--calibration", "none", *(["--embeddings"] if what == "embeddings" else [])]
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), *flags]) == 0
+    arguments = [python, "-c", ASK, str(tmp_path / "out" / "config.json")]
+    said = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert said.returncode == 0, said.stderr[-3000:]
+    lines = [line for line in said.stdout.splitlines() if line.startswith("refused: ")]
+    if what == "neither":
+        assert not lines
+    else:
+        assert f"the {what} of this checkpoint are clustered" in lines[0] and "--to dense" in lines[0]
 
 
 def test_the_server_answers_a_chat(python, folder):
