@@ -2,8 +2,9 @@
 
     python -m tests.damage FOLDER BACKEND < numbers of cases > a line of JSON for each
 
-FOLDER holds `dense`, `compressed`, `shards` (the same in several files), `other` (the same shapes, other numbers), and
-an adapter of each kind with another one beside it (`born`, `born-other`). A verdict is
+FOLDER holds `dense`, what is made of it (`compressed`, `shards`: the same in several files), a model with clustered
+embeddings and a mixture (`embeddings`, `experts`), for each another one of the same shapes and other numbers
+(`compressed-other`), and in `adapters` one of each kind, with another beside it too. A verdict is
 
     same       the logits are those of the sound files
     refused    an error of a clear kind
@@ -32,7 +33,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-KINDS = ["compressed", "born", "dense"]
+BASES = ["compressed", "shards", "embeddings", "experts"]  # of checkpoints
+KINDS = ["compressed", "born", "dense", "embeddings", "experts"]  # of adapters, by their base
 CHECKPOINTS = ADAPTERS = 200
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 _CONFIG = {MODEL: "config.json", ADAPTER: "adapter_config.json"}
@@ -61,7 +63,7 @@ class Case:
         self.number, self.random = number, random.Random(number)
         self.adapter = number >= CHECKPOINTS
         pick = self.random.choice
-        self.base = pick(KINDS) if self.adapter else pick(["compressed", "compressed", "shards"])
+        self.base = pick(KINDS if self.adapter else BASES)
         self.loader = pick(["peft", "peft", "mixin"]) if self.adapter else "causal"
         self.file = ADAPTER if self.adapter else MODEL
         self.numbers_only = False  # the damage lies in numbers that nothing vouches for
@@ -227,8 +229,6 @@ class Case:
 
     def swap(self, root: Path, folder: Path) -> None:
         """A file of another model of the same shapes, or one of another kind."""
-        other = {"compressed": "other", "shards": "other"}.get(self.base, "") if not self.adapter else ""
-        other = other or f"{self.base}-other"
         name = self.random.choice([self.file, _CONFIG[self.file]])
         if self.base == "shards":
             one, two = sorted(folder.glob("*.safetensors"))[:2]
@@ -237,7 +237,7 @@ class Case:
             two.write_bytes(data)
             self.what = "swap: two shards"
             return
-        shutil.copy(root / other / name, folder / name)
+        shutil.copy(root / f"{self.base}-other" / name, folder / name)
         self.what = f"swap: {name} of another"
 
     def index(self, root: Path, folder: Path) -> None:
@@ -262,6 +262,11 @@ class Case:
         if way == "gone":
             path.unlink()
         self.what = f"index: {way} of {name}"
+
+
+def base_of(kind: str) -> str:
+    """The folder of the model that an adapter is for."""
+    return "dense" if kind in ("born", "dense") else kind
 
 
 def _header(data: bytes | bytearray) -> tuple[int, dict[str, Any]]:
@@ -289,8 +294,7 @@ def _load(case: Case, folder: Path, root: Path, sound: dict[str, torch.Tensor], 
         with torch.no_grad(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             if case.adapter:
-                base = root / ("compressed" if case.base == "compressed" else "dense")
-                model = AutoModelForCausalLM.from_pretrained(base).eval()
+                model = AutoModelForCausalLM.from_pretrained(root / base_of(case.base)).eval()
                 if case.loader == "peft":
                     model = PeftModel.from_pretrained(model, str(folder)).eval()
                 else:
@@ -358,12 +362,12 @@ def main(root: Path, backend: str) -> None:
     tokens = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
     sound: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for name in ("compressed", "shards"):
+        for name in BASES:
             sound[name] = AutoModelForCausalLM.from_pretrained(root / name).eval()(input_ids=tokens).logits
         adapted = {}
         for kind in KINDS:
-            model = AutoModelForCausalLM.from_pretrained(root / ("compressed" if kind == "compressed" else "dense"))
-            adapted[kind] = PeftModel.from_pretrained(model, root / f"adapter-{kind}").eval()(input_ids=tokens).logits
+            model = AutoModelForCausalLM.from_pretrained(root / base_of(kind))
+            adapted[kind] = PeftModel.from_pretrained(model, root / "adapters" / kind).eval()(input_ids=tokens).logits
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MEMORY,) * 2)
     print("ready", flush=True)

@@ -7,7 +7,6 @@ import collections
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from tests.conftest import config_for, tiny_llama
-from tests.damage import ADAPTERS, CHECKPOINTS, KINDS
+from tests.damage import ADAPTERS, CHECKPOINTS, KINDS, base_of
+from tests.mixtures import tiny_mixture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read and limited as on Linux")
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,29 +29,33 @@ _SOME = [*range(0, CHECKPOINTS, 7), *range(CHECKPOINTS, CHECKPOINTS + ADAPTERS, 
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory, dense_dir, compressed_dir) -> Path:
+def sound(tmp_path_factory) -> Path:
     """The folder that [`tests.damage`] takes."""
     root = tmp_path_factory.mktemp("sound")
-    shutil.copytree(dense_dir, root / "dense")
-    shutil.copytree(compressed_dir, root / "compressed")
-    AutoModelForCausalLM.from_pretrained(compressed_dir).save_pretrained(root / "shards", max_shard_size="20KB")
-    model = tiny_llama()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * parameter.data.roll(1)
-    model.save_pretrained(root / "other-dense")
-    settings = ClusCompQuantizationConfig(group_size=3, num_clusters=12, scales=True)
-    for name in ("other", "compressed-other"):
-        AutoModelForCausalLM.from_pretrained(root / "other-dense", quantization_config=settings).save_pretrained(
-            root / name
-        )
+    settings = dict(group_size=3, num_clusters=12, scales=True)
+    models = {
+        "compressed": (tiny_llama(), settings),
+        "embeddings": (tiny_llama(tie_word_embeddings=True), {**settings, "embeddings": 6}),
+        "experts": (tiny_mixture("mixtral"), settings),
+    }
+    for base, (model, config) in models.items():
+        for folder in (base, f"{base}-other"):
+            if folder != base:
+                for parameter in model.parameters():
+                    parameter.data += 0.1 * parameter.data.roll(1)
+            dense = root / {"compressed": "dense", "compressed-other": "dense-other"}.get(folder, f"{folder}-dense")
+            model.save_pretrained(dense)
+            made = AutoModelForCausalLM.from_pretrained(
+                dense, quantization_config=ClusCompQuantizationConfig(**config)
+            )
+            made.save_pretrained(root / folder)
+            if folder == "compressed":
+                made.save_pretrained(root / "shards", max_shard_size="20KB")
     for kind in KINDS:
-        for other in ("", "other-"):
-            base = other + {"compressed": "compressed"}.get(kind, "dense")
-            base = "other" if base == "other-compressed" else base
-            model = AutoModelForCausalLM.from_pretrained(root / base)
-            place = root / "adapters" / (f"{kind}-other" if other else kind)
-            get_peft_model(model, config_for(kind, init_weights=False, num_blocks=2)).save_pretrained(place)
-        shutil.copytree(root / "adapters" / kind, root / f"adapter-{kind}")
+        for other in ("", "-other"):
+            model = AutoModelForCausalLM.from_pretrained(root / f"{base_of(kind)}{other}")
+            config = config_for(kind if kind in ("born", "dense") else "compressed", init_weights=False, num_blocks=2)
+            get_peft_model(model, config).save_pretrained(root / "adapters" / f"{kind}{other}")
     return root
 
 

@@ -109,9 +109,11 @@ def refuse_evaluation(config: Any, source: str) -> None:
 def check_generation_config(folder: str) -> None:
     """Raises a ValueError if the generation settings of a folder are no JSON object."""
     path = os.path.join(folder, _GENERATION)
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no file")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if not isinstance(content, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from cluscomp_peft.cli import main
 from tests.conftest import config_for, logits_of, train_briefly
 
 gguf = pytest.importorskip("gguf")
+gguf_file = pytest.importorskip("cluscomp_peft.export.gguf.file")
 
 TEXT = [
     "The quick brown fox, it's said, doesn't jump over 1234567 lazy dogs.",
@@ -183,6 +185,21 @@ def test_transformers_reads_back_the_decoded_weights(made, inputs, tmp_path, nam
     assert os.listdir(tmp_path) == ["model.gguf"]
 
 
+@pytest.mark.parametrize("name", ["Llama", "tied Llama", "Qwen2"])
+def test_clustered_embeddings_are_decoded_too(made, inputs, tmp_path, name):
+    dense, _ = made(name)
+    folder, out = tmp_path / "made", tmp_path / "model.gguf"
+    flags = ["--bits", "6", "--embeddings", "6", "--calibration", "none"]
+    assert main(["compress", dense, str(folder), *flags]) == 0
+    assert export(folder, out, "--type", "F32") == 0
+    expected = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    found = read_back(out)
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in expected.state_dict().items())
+    assert torch.equal(logits_of(found, inputs), logits_of(expected, inputs))
+    names = {tensor.name for tensor in gguf.GGUFReader(out).tensors}
+    assert "token_embd.weight" in names and ("output.weight" in names) == (name != "tied Llama")
+
+
 @pytest.mark.parametrize(
     ("kind", "bound"), [("F16", 5e-4), ("BF16", 4e-3), ("Q8_0", 6e-3), ("Q5_1", 0.05), ("Q4_0", 0.11)]
 )
@@ -283,6 +300,20 @@ def test_what_has_no_form_in_gguf_is_refused_and_leaves_nothing(made, dense_dir,
     assert "is no GGUF file" in refused(folder, out, "--overwrite")
     assert export(folder, tmp_path / "other.gguf") == 0 == export(folder, tmp_path / "other.gguf", "--overwrite")
     assert {entry.name for entry in tmp_path.iterdir()} == {"gpt2", "cut", "gelu", "model.gguf", "other.gguf"}
+
+
+def test_files_beside_the_target_stay(made, tmp_path, monkeypatch):
+    _, folder = made("Llama")
+    names = ["model.gguf.tmp", ".model.gguf.F16", ".model.gguf.F16.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(gguf_file, "check_library", lambda kind: None)  # without llama.cpp's library
+    monkeypatch.setattr(gguf_file, "requantize", lambda source, target, kind: shutil.copy(source, target))
+    assert export(folder, tmp_path / "model.gguf", "--type", "Q4_K_M") == 0
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "model.gguf"])
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+    stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert stored == {"F16", "F32"}
 
 
 # -- llama.cpp itself

@@ -62,7 +62,7 @@ class Journal:
         if os.path.islink(self.folder):
             raise ValueError(f"{self.folder}, where this run would work, is a symbolic link; remove it.")
         # What a run leaves that was killed before its first journal was there.
-        others = set(os.listdir(self.folder)) - {LOCK, f"{JOURNAL}.tmp"}
+        others = {name for name in os.listdir(self.folder) if name != LOCK and not _is_unfinished_journal(name)}
         if others and read_journal(self.folder) is None:
             raise ValueError(
                 f"{self.folder}, where this run would work, holds files that are no unfinished run "
@@ -112,6 +112,10 @@ class Journal:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
+
+
+def _is_unfinished_journal(name: str) -> bool:
+    return re.fullmatch(rf"{re.escape(JOURNAL)}(-\d+)?\.tmp", name) is not None
 
 
 def read_journal(folder: str) -> dict[str, Any] | None:
@@ -199,8 +203,12 @@ def disk_errors(path: str) -> Iterator[None]:
 
 
 def replace_file(path: str, write: Callable[[str], object]) -> None:
-    """Writes a file under a temporary name, brings it to the disk, and renames it."""
-    temporary = f"{path}.tmp"
+    """Writes a file under a temporary name, brings it to the disk, and renames it. What has that name already stays:
+    beside a file of the user's it is one of the user's."""
+    temporary, number = f"{path}.tmp", 1
+    while os.path.lexists(temporary):
+        number += 1
+        temporary = f"{path}-{number}.tmp"
     try:
         write(temporary)
         with open(temporary, "rb") as file:

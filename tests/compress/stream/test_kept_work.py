@@ -232,6 +232,27 @@ def test_a_checkpoint_that_was_set_aside_comes_back(again, dense_dir, compressed
     assert os.listdir(tmp_path) == ["out"] and everything(target).keys() != before.keys()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_temporary_name_that_is_taken_is_left_alone(first, tmp_path):
+    """A file that is written beside those of the user's: a page, a file of GGUF."""
+    taken = tmp_path / "page.html.tmp"
+    taken.write_text("mine")
+
+    def write(path: str) -> None:
+        with open(path, "w") as file:
+            file.write("whole")
+        if not first:
+            raise Killed
+
+    if first:
+        journal_module.replace_file(str(tmp_path / "page.html"), write)
+    else:
+        with pytest.raises(Killed):
+            journal_module.replace_file(str(tmp_path / "page.html"), write)
+    assert taken.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == (["page.html", taken.name] if first else [taken.name])
+
+
 # -- work that is done
 
 
@@ -334,6 +355,18 @@ def test_a_bad_generation_config_is_said_before_any_work(content, dense_dir, tmp
     with pytest.raises(ValueError, match=r"generation_config\.json is damaged.*mend or remove it"):
         compressed(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["pipe", "broken link", "folder"])
+def test_generation_settings_that_are_no_file_are_not_waited_for(what, dense_dir, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense_dir, source)
+    path = source / "generation_config.json"
+    path.unlink()
+    {"pipe": os.mkfifo, "broken link": lambda path: path.symlink_to("absent"), "folder": os.mkdir}[what](path)
+    with pytest.raises(ValueError, match=r"generation_config\.json is damaged \(it is no file\)"):
+        compressed(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
