@@ -1,4 +1,5 @@
-"""The `cluscomp` command: compress, inspect, evaluate, export, plan."""
+# PYTHON_ARGCOMPLETE_OK
+"""The `cluscomp` command: compress, finetune, merge, chat, inspect, evaluate, export, plan."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ _LEAST_BYTES = 1000  # of a whole model: fewer lack their unit
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status. Errors of the user end in one line, without a traceback."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for the words that may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     try:
         with wait_for_imports():
             options.run(options)
@@ -55,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="cluscomp", description="Compress language models to codes and codebooks, look into them, measure them."
+        prog="cluscomp",
+        description="Compress language models to codes and codebooks, finetune these, measure and export the result.",
     )
     parser.add_argument("--version", action="version", version=f"cluscomp {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -130,6 +137,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     inspect.set_defaults(run=commands.inspect)
 
+    finetune = subparsers.add_parser(
+        "finetune", help="train the codebooks: on texts, on preferences, on the dense model"
+    )
+    finetune.add_argument(
+        "kind",
+        choices=("sft", "dpo", "recover"),
+        help="sft: texts, prompts or conversations, by TRL's SFTTrainer; dpo: preferences, by its DPOTrainer; "
+        "recover: until the compressed model speaks like the dense one",
+    )
+    finetune.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="MODEL OUT --data FILE ...",
+        help="`cluscomp finetune KIND --help` has the flags",
+    )
+    finetune.set_defaults(run=commands.finetune)
+
     evaluate = subparsers.add_parser("evaluate", help="measure loss and true bits of a dense or compressed model")
     evaluate.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model, or folder of an adapter")
     evaluate.add_argument("--data", metavar="FILE", required=True, help=".jsonl or .txt, also .xz")
@@ -142,6 +166,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     evaluate.set_defaults(run=commands.evaluate)
+
+    merge = subparsers.add_parser(
+        "merge", help="write base and adapter as one checkpoint, exactly and at the same bits"
+    )
+    merge.add_argument("path", metavar="ADAPTER", help="folder of an adapter; or its base, with --adapter")
+    merge.add_argument("target", metavar="OUT", help="folder to create")
+    merge.add_argument("--adapter", metavar="DIR", help="adapter to merge, folder or hub id")
+    merge.add_argument("--dtype", default="auto", choices=_DTYPES, help="of what is not clustered")
+    merge.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
+    merge.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
+    merge.set_defaults(run=commands.merge)
+
+    chat = subparsers.add_parser("chat", help="talk to a model in the terminal")
+    chat.add_argument("path", metavar="DIR_OR_ID", help="folder or hub id of a model, or folder of an adapter")
+    chat.add_argument("--adapter", metavar="DIR", help="adapter to load onto the model")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this alone; else lines of standard input are answered")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="that an answer may have (default 512)")
+    chat.add_argument(
+        "--temperature", type=float, help="of sampling; 0: the likeliest token each time (default: the model's own)"
+    )
+    chat.add_argument("--seed", type=int, help="of sampling")
+    chat.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
+    chat.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    chat.set_defaults(run=commands.chat)
 
     export = subparsers.add_parser("export", help="write a compressed model down for engines that know no codes")
     export.add_argument("path", metavar="DIR", help="folder or hub id of a model, or folder of an adapter")

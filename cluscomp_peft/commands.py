@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
+from importlib import import_module
 from typing import Any
 
-__all__ = ["compress", "evaluate", "export", "inspect", "plan", "printable"]
+__all__ = ["chat", "compress", "evaluate", "export", "finetune", "inspect", "merge", "plan", "printable"]
 
+_OF_TRAINING = ("datasets", "trl")
 _OF_CALIBRATION = ("samples", "seqlen", "feedback", "epochs")
 
 
@@ -62,6 +64,19 @@ def compress(options: argparse.Namespace) -> None:
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
     for line in warnings:
         print(f"{red}{printable(line)}{plain}")
+
+
+def finetune(options: argparse.Namespace) -> None:
+    try:
+        job = import_module(f".finetune.{options.kind}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_TRAINING:
+            raise
+        raise ValueError(
+            f"{options.kind} needs the package {error.name}; install what training takes: "
+            'pip install "cluscomp_peft[train]"'
+        ) from error
+    job.main(options.arguments)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -167,6 +182,39 @@ def evaluate(options: argparse.Namespace) -> None:
             f"KL from {printable(options.teacher)} {result.kl:.4f} nats per token, the same likeliest token in "
             f"{100 * result.agreement:.1f} % of places"
         )
+
+
+def merge(options: argparse.Namespace) -> None:
+    from .export.merged import merge_adapter
+
+    summary = merge_adapter(
+        options.path, options.target, adapter=options.adapter, dtype=options.dtype, overwrite=options.overwrite
+    )
+    if options.json:
+        print(json.dumps({"folder": options.target, **summary}))
+        return
+    print(
+        f"{options.target}: merged exactly, {summary['true_bits']:.3f} true bits per weight (before "
+        f"{summary['base_bits']:.3f}), {summary['bytes'] / 1e6:.1f} MB of weight files, {summary['seconds']:.1f} s"
+    )
+
+
+def chat(options: argparse.Namespace) -> None:
+    from .chat import Conversation, load, questions
+
+    model, tokenizer = load(options.path, options.adapter, options.dtype, options.device)
+    names = ("system", "max_new_tokens", "temperature", "seed")
+    conversation = Conversation(model, tokenizer, **{name: getattr(options, name) for name in names})
+    if not conversation.templated:
+        print(
+            f"{printable(options.path)} has no chat template: it continues each line instead of answering.",
+            file=sys.stderr,
+        )
+    for question in questions(options.prompt):
+        if question == "/clear":
+            conversation.clear()
+        else:
+            conversation.answer(question)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""Supervised finetuning of codebooks, in the style of TRL's own script: a YAML config, flags, or both.
+"""Supervised finetuning of codebooks: what `cluscomp finetune sft` does, as a script to change and to launch.
 
     python recipes/sft.py --model_name_or_path MODEL --bits 4 --dataset_name train.jsonl --output_dir out
     python recipes/sft.py --config recipes/configs/small_cpu.yaml --learning_rate 1e-4
+    cluscomp finetune sft MODEL out --bits 4 --data train.jsonl         the same without a clone of the repository
 
 MODEL is a compressed checkpoint, or a dense one (folder or hub id), which is then compressed while it loads and kept
 in `out/base`. The data are a hub id or a .jsonl/.json/.txt file (also .xz) with `text`, `messages`, or `prompt` and
@@ -23,28 +24,17 @@ transformers quantises:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from trl import SFTTrainer
 
-from finetuning import RunsAnywhere, ScriptArguments, load_base, load_splits, train_and_save
-from trl import SFTConfig, SFTTrainer, TrlParser
-
-
-@dataclass
-class TrainingArguments(RunsAnywhere, SFTConfig):
-    """TRL's `SFTConfig` with the rate and schedule that suit codebooks, and a loss on whole texts."""
-
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up, in steps or as a share of them."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first loss, which is the base's own."})
-    completion_only_loss: bool | None = field(
-        default=False,
-        metadata={"help": "Train on completions alone. By default prompts count too, as in `cluscomp evaluate`."},
-    )
+from cluscomp_peft.finetune.arguments import parse
+from cluscomp_peft.finetune.base import load_base
+from cluscomp_peft.finetune.data import load_splits
+from cluscomp_peft.finetune.sft import SFTArguments
+from cluscomp_peft.finetune.training import train_and_save
 
 
 def main() -> None:
-    script, training = TrlParser((ScriptArguments, TrainingArguments)).parse_args_and_config()
+    script, training = parse("sft", SFTArguments)
     train, test = load_splits(script)
     base = load_base(script, training.output_dir, conversations="messages" in train.column_names)
     trainer = SFTTrainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ def test_the_version_is_printed_by_the_package_too():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"cluscomp {__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["plan", "--help"], ["chat", "--help"]])
 def test_help_imports_no_library(arguments):
     code = (
         "import sys\n"
@@ -80,3 +81,14 @@ def test_a_pipe_that_is_closed_early_is_no_error_of_ours(compressed_dir):
     err = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(120) == 141 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+def test_a_shell_completes_commands_and_flags(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, expected in (("cluscomp me", {"merge "}), ("cluscomp plan --gp", {"--gpu-memory "})):
+        out = tmp_path / "out"
+        asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        code = "from cluscomp_peft.cli import main; main()"
+        environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+        subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+        assert set(out.read_text().split("\n")) == expected

@@ -97,13 +97,13 @@ def refuse_calibration(model: Any, source: str) -> None:
     raise CannotCalibrate(f"{type(model).__name__} of {source} {what}, so text cannot calibrate it")
 
 
-def refuse_evaluation(config: Any, source: str) -> None:
-    """Raises a ValueError for a model that has no loss of next tokens."""
+def refuse_evaluation(
+    config: Any, source: str, why: str = "evaluate measures the loss of a decoder that predicts next tokens"
+) -> None:
+    """Raises a ValueError, which says `why`, for a model that does not predict next tokens."""
     made = model_class(config, source)
     if getattr(config, "is_encoder_decoder", False) or not made.can_generate():
-        raise ValueError(
-            f"{source} is a {made.__name__}, but evaluate measures the loss of a decoder that predicts next tokens."
-        )
+        raise ValueError(f"{source} is a {made.__name__}, but {why}.")
 
 
 def check_generation_config(folder: str) -> None:

@@ -38,7 +38,7 @@ from .calibration.errors import CannotCalibrate
 from .calibration.text import AUTO, BUILTIN, NONE, calibration_windows
 from .matrix.block import BlockSettings
 from .policy import Policy
-from .report.card import model_card
+from .report.card import license_of, model_card
 from .report.page import render_report
 from .report.record import PAGE_NAME, REPORT_NAME
 from .specs import specs_of_run
@@ -267,7 +267,7 @@ def _finish(
     texts = {
         REPORT_NAME: json.dumps(report, indent=1),
         PAGE_NAME: render_report(name, report),
-        "README.md": model_card(name, summary, len(report["matrices"]), report["losses"]),
+        "README.md": model_card(name, summary, len(matrices), report["losses"], license_of(summary["source"])),
     }
     write_index(work, shards)
     for file_name, text in texts.items():

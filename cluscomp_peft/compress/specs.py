@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Collection
 from typing import Any
@@ -53,6 +54,8 @@ def specs_of_run(
         if given is not None:
             enough = -(-SENSITIVITY_TOKENS // given.batches[0].numel())
             assert given.blocks is not None
+            tokens = sum(batch.numel() for batch in given.fitted[:enough])
+            print(f"measuring on {tokens} tokens which matrices the loss minds most", file=sys.stderr, flush=True)
             measured = measure_sensitivity(given.blocks, given.fitted[:enough])
             sensitivity = {name: measured.get(name, min(measured.values(), default=1.0)) for name in layers}
             sensitivity = with_floor(sensitivity, weights)

@@ -13,12 +13,12 @@ tokens are multiplied straight from the codes, which adds the same products in a
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..compress.architecture import read_tokenizer, write_generation_config
@@ -27,6 +27,7 @@ from ..compress.stream.headers import weight_bytes
 from ..compress.stream.journal import Journal, disk_errors, save_tensors
 from ..compress.stream.shards import small_memory, trim_memory
 from ..compress.stream.split import Shard, split_into_shards
+from ..progress import Progress
 from ..upstream.transformers_experts import as_stored
 from .source import MergedCheckpoint, Opened, open_checkpoint
 
@@ -78,12 +79,17 @@ def export_dense(
         check_target(opened.folder, target, overwrite)  # again, as nobody else can be at work any more
         shards = split_into_shards(opened.model, checkpoint, {})
         done = journal.content.setdefault("done", {})
-        for shard in tqdm(shards, desc="Exporting", unit="shard", disable=None):
-            if shard.file not in done:
+        left = [shard for shard in shards if shard.file not in done]
+        if len(left) < len(shards):
+            print(f"resuming: {len(shards) - len(left)} of {len(shards)} shards are there", file=sys.stderr)
+        with Progress("Exporting", len(shards), done=len(shards) - len(left), unit="shard") as bar:
+            for shard in left:
                 done[shard.file] = _write(shard, opened.model, checkpoint, work)
                 checkpoint.refuse_changes()
                 journal.commit()
                 trim_memory()
+                bar.advance()
+                bar.step(f"shard {bar.done} of {len(shards)}")
         warning = opened.check(_joined(done, "fingerprints"), _joined(done, "codebooks"))
         keys = {shard.file: done[shard.file]["keys"] for shard in shards}
         join_shards(work, keys)

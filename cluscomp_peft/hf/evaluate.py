@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..linear import all_bits, dense_bits
+from ..progress import Progress
 
 __all__ = ["Evaluation", "evaluate", "true_bits"]
 
@@ -45,7 +45,7 @@ def evaluate(
     Args:
         model: A causal language model; a PEFT model is evaluated with its active adapter.
         windows (`list[torch.Tensor]`): Tokens, int64.
-        progress (`bool`): Show a bar where a terminal watches.
+        progress (`bool`): Show how far it is: a bar in a terminal, a line now and then in a log.
         tokenizer (*optional*): Of the model, to count bytes of text.
         teacher (*optional*): Causal language model to hold it against, mostly the dense one.
 
@@ -57,8 +57,8 @@ def evaluate(
     model.eval()
     total = divergence = 0.0
     tokens = agreed = size = 0
-    with torch.no_grad():
-        for window in tqdm(windows, desc="Evaluating", unit="window", disable=None if progress else True):
+    with torch.no_grad(), Progress("Evaluating", len(windows), unit="window", shown=progress) as bar:
+        for number, window in enumerate(windows, 1):
             predicted = window[0, 1:].to(device)
             logits = _logits(model, window)
             total += float(F.cross_entropy(logits, predicted, reduction="sum"))
@@ -76,6 +76,8 @@ def evaluate(
                 agreed += int((wanted.argmax(-1) == logits.argmax(-1)).sum())
                 wanted, logits = wanted.log_softmax(-1), logits.log_softmax(-1)
                 divergence += float(F.kl_div(logits, wanted, reduction="sum", log_target=True))
+            bar.advance()
+            bar.step(f"window {number} of {len(windows)}, loss so far {total / tokens:.4f}")
     model.train(was_training)
     loss = total / tokens
     bytes_of_all, weights_of_all = all_bits(model)

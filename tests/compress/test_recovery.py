@@ -341,13 +341,13 @@ def test_recipe_writes_a_checkpoint_and_resumes(tmp_path, rough_dir, recipe, mon
         with pytest.raises(KeyboardInterrupt):
             recipe(tmp_path / "halves")
     assert not (tmp_path / "halves").exists()
-    with pytest.raises(SystemExit, match="holds an interrupted run; go on with --resume"):
+    with pytest.raises(ValueError, match="holds an interrupted run; go on with --resume"):
         recipe(tmp_path / "halves")
-    with pytest.raises(SystemExit, match=r"had --kl_weight 1.0, not 0.5"):
+    with pytest.raises(ValueError, match=r"had --kl_weight 1.0, not 0.5"):
         recipe(tmp_path / "halves", "--resume", "--kl_weight", "0.5")
     recipe(tmp_path / "halves", "--resume")
     assert files(tmp_path / "halves") == files(tmp_path / "whole")
-    with pytest.raises(SystemExit, match="whole exists already"):
+    with pytest.raises(ValueError, match="whole exists already"):
         recipe(tmp_path / "whole")
 
 
@@ -356,9 +356,9 @@ def test_recipe_with_a_cached_teacher(tmp_path, recipe):
     recipe(tmp_path / "out", "--cache_teacher", cache, "--top_k", "90")
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"train", "held_out"}
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    with pytest.raises(SystemExit, match="other top_k"):
+    with pytest.raises(ValueError, match="other top_k"):
         recipe(tmp_path / "other", "--cache_teacher", cache, "--top_k", "8")
-    with pytest.raises(SystemExit, match="did not fall"):
+    with pytest.raises(ValueError, match="did not fall"):
         recipe(tmp_path / "other", "--learning_rate", "0")
     assert not (tmp_path / "other").exists() and not (tmp_path / ".other.recovery").exists()
 
@@ -371,6 +371,6 @@ def test_recipe_errors(tmp_path, dense_dir, recipe):
         (["--kl_weight", "2"], "kl_weight must be between"),
         (["--steps", "0"], "--steps must be at least 1"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             recipe(tmp_path / "out", *arguments)
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.recovery").exists()

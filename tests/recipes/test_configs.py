@@ -1,4 +1,4 @@
-"""`recipes/configs`: what stands in the files is what the recipe gets, and the small one runs."""
+"""`recipes/configs`: what stands in the files is what the job gets, and the small one runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import yaml
 from cluscomp_peft.plan import Settings, plan
 from tests.conftest import RECIPES, WORDS, flags
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
+arguments, sft = (importlib.import_module(f"cluscomp_peft.finetune.{name}") for name in ("arguments", "sft"))
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-
-
-@pytest.fixture
-def sft(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("sft")
 
 
 def test_there_is_one_for_every_size_of_machine():
@@ -27,10 +22,9 @@ def test_there_is_one_for_every_size_of_machine():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_line_reaches_the_recipe(sft, path, tmp_path):
+def test_every_line_reaches_the_job(path, tmp_path):
     lines = yaml.safe_load(path.read_text(encoding="utf-8"))
-    parser = trl.TrlParser((sft.ScriptArguments, sft.TrainingArguments))
-    script, training = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
+    script, training = arguments.parse("sft", sft.SFTArguments, ["--config", str(path), "--output_dir", str(tmp_path)])
     for key, value in lines.items():
         if key == "output_dir":
             continue

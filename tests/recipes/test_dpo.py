@@ -85,6 +85,6 @@ def test_conversations_get_a_template(tmp_path, compressed_dir, recipe):
 
 def test_texts_without_preferences_are_refused_before_anything_is_made(tmp_path, dense_dir, recipe):
     data, out = write(tmp_path / "texts.jsonl", [{"text": prompt} for prompt in PROMPTS]), tmp_path / "out"
-    with pytest.raises(SystemExit, match=r"has the columns text; DPO needs prompt, chosen, rejected\. Rename"):
+    with pytest.raises(ValueError, match=r"has the columns text; DPO needs prompt, chosen, rejected\. Rename"):
         recipe(*flags(model_name_or_path=dense_dir, dataset_name=data, output_dir=out, **SMALL))
     assert not out.exists()

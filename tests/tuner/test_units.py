@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import warnings
@@ -15,8 +14,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompLayer
+from cluscomp_peft.finetune.training import ExplosionWarning
 from cluscomp_peft.tuner.units import count_blocks, default_delta_scale
-from tests.conftest import BORN, RECIPES, config_for, flags, tiny_llama, train_briefly
+from tests.conftest import BORN, config_for, flags, tiny_llama, train_briefly
 
 RATE = 2e-4
 
@@ -120,13 +120,7 @@ def test_a_wrong_scale_is_refused():
             ClusCompConfig(delta_scale=wrong, **BORN)
 
 
-# -- the recipes' warning
-
-
-@pytest.fixture
-def finetuning(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("finetuning")
+# -- the warning of finetuning
 
 
 @pytest.mark.parametrize(
@@ -140,8 +134,8 @@ def finetuning(monkeypatch):
         ([0.0, 0.3], None),
     ],
 )
-def test_a_loss_that_explodes_is_told_with_the_cure(finetuning, losses, warned):
-    callback = finetuning.ExplosionWarning()
+def test_a_loss_that_explodes_is_told_with_the_cure(losses, warned):
+    callback = ExplosionWarning()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step, loss in enumerate(losses, 1):

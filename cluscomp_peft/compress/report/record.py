@@ -41,12 +41,13 @@ def read_report(folder: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is damaged ({error!r}); remove it, it only holds notes.") from error
 
 
-def write_page(path: str, page: str) -> None:
+def write_page(path: str, page: str, title: str | None = None) -> None:
     """Writes the report of a compressed checkpoint as an HTML page with plots.
 
     Args:
         path (`str`): Folder or hub id of the checkpoint.
         page (`str`): File to write.
+        title (`str`, *optional*): Of the page; by default the name of the folder.
 
     Raises:
         ValueError: If the checkpoint has no report.
@@ -55,4 +56,4 @@ def write_page(path: str, page: str) -> None:
     report = read_report(folder)
     if not report["matrices"]:
         raise ValueError(f"{path} has no {REPORT_NAME}, which the page is drawn from; compress the model again.")
-    write_text(page, render_report(os.path.basename(os.path.abspath(path)), report))
+    write_text(page, render_report(title or os.path.basename(os.path.abspath(path)), report))

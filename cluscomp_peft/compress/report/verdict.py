@@ -35,7 +35,7 @@ def verdict(summary: Mapping[str, Any], losses: Mapping[str, float], folder: str
         if compressed - dense > A_LOT:
             warnings.append(
                 f"The model lost {compressed - dense:.2f} nats, which its answers will show. More bits lose less, and "
-                "recipes/recover.py trains the codebooks to speak like the dense model again."
+                "`cluscomp finetune recover` trains the codebooks to speak like the dense model again."
             )
     else:
         warnings.append(

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -149,8 +148,6 @@ def at_work(journal: Journal, target: str, source: DenseCheckpoint, measured: bo
     """
     try:
         _restore_aside(journal, target)
-        if journal.content.get("done"):
-            print(f"{target}: going on where an earlier run ended", file=sys.stderr)
         yield
     except BaseException as error:
         _keep_or_discard(journal, target, error, measured)

@@ -12,14 +12,15 @@ are those of a run that was never disturbed: every step depends on settings, wei
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...codes import ClusterSpec, combine_fingerprints
+from ...progress import Progress, duration
 from ..budget.embeddings import head_owner
 from ..calibration.head import head_moments
 from ..matrix.block import BlockSettings
@@ -28,7 +29,7 @@ from .journal import Journal
 from .shards import TOGETHER, Job, compress_shard, read_matrices, small_memory, trim_memory, write_shard
 from .source import DenseCheckpoint
 from .split import Shard, split_into_shards
-from .workers import Progress, compress_in_workers
+from .workers import Advance, compress_in_workers
 
 __all__ = ["TOGETHER", "Calibration", "compress_shards", "fingerprint_of"]
 
@@ -76,14 +77,20 @@ def compress_shards(
     blocks = None
     memory = 0
     total = sum(shard.weights for shard in shards)
-    with tqdm(total=total, desc="Compressing", unit="weight", unit_scale=True, disable=None) as bar:
-        left = [shard for shard in shards if shard.file not in journal.content.get("done", {})]
-        bar.update(total - sum(shard.weights for shard in left))
+    count = len({shard.index for shard in shards} - {None})
+    left = [shard for shard in shards if shard.file not in journal.content.get("done", {})]
+    if len(left) < len(shards):
+        print(_resumed(left, len(shards), count), file=sys.stderr, flush=True)
+    done = total - sum(shard.weights for shard in left)
+    with Progress("Compressing", total, done=done, unit="weight", unit_scale=True) as bar:
 
         def finished(shard: Shard, report: dict[str, Any]) -> None:
             source.refuse_changes()
             journal.commit(done={**journal.content.get("done", {}), shard.file: report})
             trim_memory()
+            error = report.get("error_after")
+            words = f"{_place(shard, count)} in {duration(report['seconds'])}"
+            bar.step(words if error is None else f"{words}, output error {error:.4f}", always=True)
 
         if calibration is not None and "losses" not in journal.content:
             # What is outside of the blocks comes first: the compressed model begins with its own embeddings.
@@ -91,30 +98,41 @@ def compress_shards(
             waiting = [shard for shard in outside if shard in left]
             moments = _moments_of_head(waiting, calibration)
             for shard in waiting:
-                finished(shard, compress_shard(shard, job, devices[0], bar.update, moments))
+                finished(shard, compress_shard(shard, job, devices[0], bar.advance, moments))
                 left.remove(shard)
             blocks = CalibratedBlocks(journal, calibration, read_matrices(outside, journal.folder))
         if workers > 1 and blocks is None:
-            memory = compress_in_workers(left, job, workers, devices, bar.update, finished)
+            memory = compress_in_workers(left, job, workers, devices, bar.advance, finished)
             left = []
         for shard in left:
             if shard.index is not None and blocks is not None:
                 # Also a block that stays dense: the next one needs what it hands on.
-                finished(shard, _compress_block(blocks, shard, job, bar.update))
+                finished(shard, _compress_block(blocks, shard, job, bar.advance))
             else:
-                finished(shard, compress_shard(shard, job, devices[0], bar.update))
+                finished(shard, compress_shard(shard, job, devices[0], bar.advance))
     if blocks is not None:
         assert calibration is not None
         # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
         held_out = len(calibration.fitted) < len(calibration.batches)
         journal.commit(losses=blocks.losses() if held_out else {})
-    done = journal.content["done"]
-    return {**_collected({shard.file: done[shard.file] for shard in shards}, journal), "memory": memory}
+    reports = journal.content["done"]
+    return {**_collected({shard.file: reports[shard.file] for shard in shards}, journal), "memory": memory}
 
 
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
     """Digest of all codes, in the order of the model's layers."""
     return combine_fingerprints(fingerprints[name] for name, _ in model.named_modules() if name in fingerprints)
+
+
+def _place(shard: Shard, count: int) -> str:
+    """A shard as people call it."""
+    return "what is outside of the blocks" if shard.index is None else f"block {shard.index + 1} of {count}"
+
+
+def _resumed(left: list[Shard], shards: int, count: int) -> str:
+    if not left:
+        return f"resuming: all {shards} parts are there"
+    return f"resuming at {_place(left[0], count)}: {shards - len(left)} of {shards} parts are there"
 
 
 def _moments_of_head(shards: list[Shard], calibration: Calibration) -> dict[str, torch.Tensor]:
@@ -128,7 +146,7 @@ def _moments_of_head(shards: list[Shard], calibration: Calibration) -> dict[str,
     return {owner: head_moments(calibration.blocks, calibration.fitted[:enough])}
 
 
-def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: Progress) -> dict[str, Any]:
+def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: Advance) -> dict[str, Any]:
     started = time.perf_counter()
     assert shard.index is not None
     specs = {matrix.name: matrix.spec for matrix in shard.matrices}

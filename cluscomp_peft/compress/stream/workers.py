@@ -27,9 +27,9 @@ import torch
 from .shards import Job, compress_shard, small_memory
 from .split import Shard
 
-__all__ = ["Progress", "compress_in_workers", "peak_memory", "visible_devices"]
+__all__ = ["Advance", "compress_in_workers", "peak_memory", "visible_devices"]
 
-Progress = Callable[[int], object]
+Advance = Callable[[int], object]
 _PATIENCE = 10  # seconds for idle workers to end by themselves
 
 
@@ -38,7 +38,7 @@ def compress_in_workers(
     job: Job,
     workers: int,
     devices: Sequence[torch.device],
-    progress: Progress,
+    progress: Advance,
     finished: Callable[[Shard, dict[str, Any]], object],
 ) -> int:
     """Makes shards in `workers` processes, each with its share of the threads that `job` names.

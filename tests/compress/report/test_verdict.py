@@ -24,7 +24,7 @@ def test_sizes_and_losses():
 
 def test_a_model_that_lost_a_lot():
     (warning,) = verdict(SUMMARY, {"dense": 2.0, "compressed": 2.01 + A_LOT}, "out")[1]
-    assert warning.startswith("The model lost 0.31 nats") and "recover.py" in warning
+    assert warning.startswith("The model lost 0.31 nats") and "cluscomp finetune recover" in warning
 
 
 def test_what_was_not_measured():
