@@ -34,6 +34,7 @@ def options(tmp_path, dense_dir):
     return Namespace(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full linears", "dora", "lora 6", "cluscomp 6 r2"])
 def test_a_run_trains_and_is_accounted_for(benchmark, options, method):
     benchmark.compress_all(options)

@@ -76,6 +76,7 @@ def test_an_op_that_is_wrong_is_named(suite, load, monkeypatch, capsys):
     assert "FAILED: wrong: deviation 0.01" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_of_both_sizes(suite, load, monkeypatch):
     monkeypatch.setattr(load("part_training"), "STEPS", 2)
     results, failed = suite("training", "--methods", "cluscomp-3", "lora", "dense")
@@ -188,6 +189,7 @@ def test_a_part_that_hangs_ends(load, tmp_path):
 # -- as users start them
 
 
+@pytest.mark.slow
 def test_the_scripts_run_where_the_package_is_not_installed(tmp_path):
     for script, flags in (("suite.py", [*SMALL[1:], "--parts", "kmeans"]), ("smoke.py", ["--steps", "load"])):
         command = [sys.executable, str(GPU / script), "--device", "cpu", *flags, "--output", str(tmp_path)]
@@ -196,6 +198,7 @@ def test_the_scripts_run_where_the_package_is_not_installed(tmp_path):
     assert [row["name"] for row in json.loads((tmp_path / "smoke.json").read_text())["rows"]] == ["load"]
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_smoke_test(load, monkeypatch, tmp_path):
     """All of them but those that compile, which takes a minute on a CPU."""
     steps, report = load("smoke_steps"), load("report")

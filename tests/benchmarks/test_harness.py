@@ -37,6 +37,7 @@ def harness(monkeypatch):
     return importlib.import_module("harness")
 
 
+@pytest.mark.slow
 def test_rows_are_measured_in_processes_of_their_own(harness, tmp_path, monkeypatch, capsys):
     script = tmp_path / "toy.py"
     script.write_text(SCRIPT.format(benchmarks=str(RECIPES / "benchmarks")))

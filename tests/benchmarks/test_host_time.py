@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes/benchmarks/host_time.py"
 
 
+@pytest.mark.slow
 def test_it_times_every_way_through_a_layer(tmp_path):
     command = [sys.executable, SCRIPT, "--calls", "20", "--results", tmp_path / "found"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -24,6 +24,7 @@ def row(script, rate: float, loss: float, peak: float | None = None) -> dict:
     return {**run._asdict(), "before": 5.0, "loss": loss, "peak": loss if peak is None else peak}
 
 
+@pytest.mark.slow
 def test_runs_are_written_and_not_repeated(script, dense_dir, tmp_path, monkeypatch, capsys):
     text, output = tmp_path / "text.jsonl", tmp_path / "rates.json"
     lines = [" ".join(WORDS[3 + (i + j) % 90] for j in range(8 + i % 3)) for i in range(24)]

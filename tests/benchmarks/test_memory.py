@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "memory.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peaks from /proc")
 def test_300_million_parameters_load_and_run_in_little_more_than_the_file(tmp_path):
     for job in ({"write": "compressed"}, {"job": "load compressed"}, {"job": "serve compressed"}):

@@ -53,6 +53,7 @@ def test_all_methods_take_turns(script, monkeypatch, tmp_path, capsys):
     assert len(measured) == 12 and capsys.readouterr().out == output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
 def test_a_process_of_its_own_measures_the_peak():
     job = json.dumps({"figure": "peak", "method": "cluscomp-3", "checkpointing": False})

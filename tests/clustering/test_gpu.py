@@ -65,8 +65,9 @@ def squares(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 @direct
 @needs_triton
-def test_the_kernels_in_the_interpreter():
-    options = ["-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-m", "not gpu"]
+@pytest.mark.parametrize("share", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_in_the_interpreter(share):
+    options = ["-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-m", f"{share} and not gpu"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],
         cwd=ROOT,
@@ -80,7 +81,14 @@ def test_the_kernels_in_the_interpreter():
 @direct
 @needs_triton
 @pytest.mark.parametrize(
-    "dim, spread, capability", [(4, True, 80), (4, False, 90), (8, False, 90), (11, False, 90), (16, True, 90)]
+    "dim, spread, capability",
+    [
+        (4, True, 80),
+        (4, False, 90),
+        pytest.param(8, False, 90, marks=pytest.mark.slow),
+        pytest.param(11, False, 90, marks=pytest.mark.slow),
+        pytest.param(16, True, 90, marks=pytest.mark.slow),
+    ],
 )
 def test_the_assignment_compiles_for_a_gpu_and_spills_nothing(kernels, tmp_path, monkeypatch, dim, spread, capability):
     from triton import compile
@@ -133,7 +141,9 @@ def test_the_engine_says_what_it_needs(gpu):
 
 
 @interpreted
-@pytest.mark.parametrize("dim", range(1, 17))
+@pytest.mark.parametrize(
+    "dim", [dim if dim in (1, 4, 6, 13) else pytest.param(dim, marks=pytest.mark.slow) for dim in range(1, 17)]
+)
 def test_codes_are_nearest_in_every_dimension(gpu, dim):
     check_nearest(gpu, ("plain", "duplicates", "far away", "outlier")[dim % 4], dim)
 
@@ -157,7 +167,7 @@ def check_nearest(gpu, kind: str, dim: int, device: str = "cpu", total: int = 0,
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [2, 13])
+@pytest.mark.parametrize("dim", [2, pytest.param(13, marks=pytest.mark.slow)])
 def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, kernels, monkeypatch, dim):
     centroids = normal(1100, dim, seed=1)
     vectors = centroids[:4].repeat(32, 1) + 0.02 * normal(128, dim)
@@ -179,7 +189,7 @@ def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, kernels, monkeypatch,
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [3, 13])
+@pytest.mark.parametrize("dim", [3, pytest.param(13, marks=pytest.mark.slow)])
 def test_blocks_that_straddle_far_clusters_keep_their_digits(gpu, dim):
     vectors = torch.cat([normal(70, dim) - 1000, normal(70, dim, seed=1) + 1000])
     centroids = torch.cat([normal(40, dim, seed=2) + 1000, normal(40, dim, seed=3) - 1000])
@@ -211,7 +221,14 @@ def test_the_update_equals_torch(gpu, dim, weighted):
 
 
 @interpreted
-@pytest.mark.parametrize("dim, clusters, weighted", [(2, 40, False), (5, 37, True), (13, 11, True)])
+@pytest.mark.parametrize(
+    "dim, clusters, weighted",
+    [
+        pytest.param(2, 40, False, marks=pytest.mark.slow),
+        (5, 17, True),
+        pytest.param(13, 11, True, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_follow_lloyd_and_only_descend(gpu, dim, clusters, weighted):
     vectors, weights = normal(127, dim), uniform(127) if weighted else None
     start = density_start(vectors, clusters, weights, 3)
@@ -229,6 +246,7 @@ def test_runs_follow_lloyd_and_only_descend(gpu, dim, clusters, weighted):
 
 
 @interpreted
+@pytest.mark.slow
 def test_the_search_of_the_density_start_equals_torch(gpu, monkeypatch):
     vectors = normal(700, 3)
     codes, distances = gpu._assign(vectors, vectors[:70])
@@ -273,6 +291,7 @@ def test_limits_are_named(gpu):
 
 
 @interpreted
+@pytest.mark.slow
 def test_the_benchmark_script_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks" / "gpu")

@@ -308,11 +308,14 @@ def test_the_size_of_tensor_parallelism_is_in_the_config_before_weights_are_read
 
 
 @contract(room, "build_from_config")
-def test_a_model_is_built_in_the_dtype_of_its_config(loaded):
+def test_a_model_is_built_in_the_dtype_of_its_config(loaded, monkeypatch):
     config = loaded.config.__class__.from_dict({**loaded.config.to_dict(), "dtype": "bfloat16"})
     before = config.to_dict()
+    expected = LlamaForCausalLM(config.__class__.from_dict(before)).model.rotary_emb.inv_freq
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *arguments, **settings: pytest.fail("weights are drawn"))
     with init_empty_weights(include_buffers=False):
         model = room.build_from_config(LlamaForCausalLM, config)
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
     assert type(model) is LlamaForCausalLM and config.to_dict() == before and model.config is not config
     assert all(value.is_meta and value.dtype == torch.bfloat16 for value in model.parameters())
     assert not any(value.is_meta for value in model.buffers())

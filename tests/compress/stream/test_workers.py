@@ -132,6 +132,7 @@ def test_the_bytes_are_those_of_one_process(dense, alone, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_other_workers_go_on_where_some_ended(dense, alone, tmp_path, monkeypatch):
     target = str(tmp_path / "out")
 
@@ -155,6 +156,7 @@ def test_other_workers_go_on_where_some_ended(dense, alone, tmp_path, monkeypatc
     assert contents(target) == contents(alone) and timeless(target) == timeless(alone)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(slow, tmp_path, capsys):
     target = tmp_path / "out"
@@ -178,7 +180,8 @@ def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(slow, tmp_pat
 
 
 @needs_proc
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_do_not_outlive_the_run(how, slow, tmp_path):
     target = tmp_path / "out"
     process = started(slow, target, 2)
