@@ -104,11 +104,8 @@ class ClusteredEmbedding(ClusteredWeight):
         found = ops.decode_rows(weight, tokens.reshape(-1), self.weight_dtype)
         if self.rows is None:
             return found.view(*tokens.shape, self.embedding_dim)
-        self.rows.weight = found
-        try:
-            return self.rows(torch.arange(len(found), device=tokens.device).view(tokens.shape))
-        finally:
-            self.rows.weight = _no_rows(found)
+        rows = _with_weight(self.rows, found)
+        return rows(torch.arange(len(found), device=tokens.device).view(tokens.shape))
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """The embedding with the decoded weight in `dtype`, of the class that it had; it looks up the same rows."""
@@ -178,6 +175,14 @@ def _without_weight(dense: nn.Embedding) -> nn.Embedding:
         dense._parameters["weight"] = weight
     rows.weight = _no_rows(torch.empty(0, dense.embedding_dim))
     return rows
+
+
+def _with_weight(rows: nn.Embedding, weight: torch.Tensor) -> nn.Embedding:
+    """The same module with a weight: another object, for several threads may look up at once."""
+    made = object.__new__(type(rows))
+    made.__dict__.update(rows.__dict__)
+    made.__dict__["weight"] = weight
+    return made
 
 
 def _no_rows(like: torch.Tensor) -> torch.Tensor:

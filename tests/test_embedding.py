@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -104,6 +106,29 @@ def test_it_computes_what_the_dense_embedding_does_with_the_decoded_weight(make,
         assert type(again) is type(dense) and again.padding_idx == dense.padding_idx
         assert torch.equal(again(TOKENS), layer(TOKENS))
     assert layer(TOKENS).dtype == dtype and layer.weight.shape == (VOCABULARY, HIDDEN)
+
+
+def test_several_threads_look_up_at_once():
+    together = threading.Barrier(2, timeout=60)
+
+    class Waiting(Scaled):
+        def forward(self, tokens):
+            if threading.current_thread() is not threading.main_thread():
+                together.wait()
+            return super().forward(tokens)
+
+    layer = clustered(Waiting(VOCABULARY, HIDDEN, scale=3.0))
+    given = [TOKENS[:1], TOKENS[1:]]
+    expected = [layer(tokens) for tokens in given]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(layer, given))
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_the_class_of_the_model_runs_compiled():
+    layer = clustered(Scaled(VOCABULARY, HIDDEN, scale=3.0))
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(TOKENS), layer(TOKENS)) and torch.equal(compiled(TOKENS), layer(TOKENS))
 
 
 def test_it_follows_casts_and_copies():
