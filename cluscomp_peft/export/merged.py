@@ -142,13 +142,19 @@ def write_merged(
 
 
 def _move(work: str, target: str) -> None:
-    """The finished folder takes the target's place; what was there goes only when it has."""
+    """The finished folder takes the target's place; what was there goes only when it has, and comes back if it
+    cannot."""
     os.chmod(work, 0o777 & ~_umask())
     aside = None
     if os.path.isdir(target):
         aside = f"{work}.old"
         os.rename(target, aside)
-    os.rename(work, target)
+    try:
+        os.rename(work, target)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
     if aside is not None:
         shutil.rmtree(aside)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
+from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
-from tests.conftest import config_for, logits_of, train_briefly
+from tests.conftest import config_for, logits_of, tiny_llama, train_briefly
+from tests.mixtures import tiny_mixture
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,38 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path, made, compressed_dir
         assert main(["merge", *arguments]) == 1
         assert message in capsys.readouterr().err
         assert not os.path.exists(out)
+
+
+@pytest.mark.parametrize("what", ["embeddings", "experts"])
+def test_clustered_embeddings_and_experts_stay_so(tmp_path, tokens, what):
+    model = tiny_mixture("mixtral") if what == "experts" else tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    config = ClusCompQuantizationConfig(bits=6, embeddings=6 if what == "embeddings" else None)
+    base, adapter, out = (str(tmp_path / name) for name in ("base", "adapter", "out"))
+    compress_checkpoint(str(tmp_path / "dense"), base, config, calibration="none")
+    adapted = trained(base, adapter, tokens)
+    assert main(["merge", adapter, out]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits_of(merged, tokens), logits_of(adapted, tokens))
+    configs = [AutoConfig.from_pretrained(folder).quantization_config for folder in (base, out)]
+    assert configs[0]["fingerprint"] == configs[1]["fingerprint"]
+    assert main(["inspect", out]) == 0
+
+
+def test_a_checkpoint_that_could_not_be_replaced_is_there_again(tmp_path, made, tokens, monkeypatch, capsys):
+    adapter, out = str(tmp_path / "adapter"), str(tmp_path / "out")
+    trained(made, adapter, tokens)
+    shutil.copytree(made, out)
+    before, rename = load_file(os.path.join(out, "model.safetensors")), os.rename
+
+    def refusing(source, target):
+        if target == out and not str(source).endswith(".old"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cluscomp_peft.export.merged.os.rename", refusing)
+        assert main(["merge", adapter, out, "--overwrite"]) == 1
+    after = load_file(os.path.join(out, "model.safetensors"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..stream.folder import write_text
+from ..stream.journal import put_file
 from .page import render_report
 
 __all__ = ["PAGE_NAME", "REPORT_NAME", "read_report", "write_page"]
@@ -56,4 +57,5 @@ def write_page(path: str, page: str, title: str | None = None) -> None:
     report = read_report(folder)
     if not report["matrices"]:
         raise ValueError(f"{path} has no {REPORT_NAME}, which the page is drawn from; compress the model again.")
-    write_text(page, render_report(title or os.path.basename(os.path.abspath(path)), report))
+    text = render_report(title or os.path.basename(os.path.abspath(path)), report)
+    put_file(page, lambda name: Path(name).write_text(text, encoding="utf-8"))

@@ -17,13 +17,24 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
 from safetensors.torch import save_file
 
-__all__ = ["JOURNAL", "LOCK", "Journal", "disk_errors", "hold_lock", "read_journal", "replace_file", "save_tensors"]
+__all__ = [
+    "JOURNAL",
+    "LOCK",
+    "Journal",
+    "disk_errors",
+    "hold_lock",
+    "put_file",
+    "read_journal",
+    "replace_file",
+    "save_tensors",
+]
 
 JOURNAL, LOCK = "journal.json", "lock"
 _MADE_BY = "cluscomp compress"
@@ -62,7 +73,7 @@ class Journal:
         if os.path.islink(self.folder):
             raise ValueError(f"{self.folder}, where this run would work, is a symbolic link; remove it.")
         # What a run leaves that was killed before its first journal was there.
-        others = {name for name in os.listdir(self.folder) if name != LOCK and not _is_unfinished_journal(name)}
+        others = set(os.listdir(self.folder)) - {LOCK, f"{JOURNAL}.tmp"}
         if others and read_journal(self.folder) is None:
             raise ValueError(
                 f"{self.folder}, where this run would work, holds files that are no unfinished run "
@@ -112,10 +123,6 @@ class Journal:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
-
-
-def _is_unfinished_journal(name: str) -> bool:
-    return re.fullmatch(rf"{re.escape(JOURNAL)}(-\d+)?\.tmp", name) is not None
 
 
 def read_journal(folder: str) -> dict[str, Any] | None:
@@ -203,18 +210,29 @@ def disk_errors(path: str) -> Iterator[None]:
 
 
 def replace_file(path: str, write: Callable[[str], object]) -> None:
-    """Writes a file under a temporary name, brings it to the disk, and renames it. What has that name already stays:
-    beside a file of the user's it is one of the user's."""
-    temporary, number = f"{path}.tmp", 1
-    while os.path.lexists(temporary):
-        number += 1
-        temporary = f"{path}-{number}.tmp"
+    """Writes a file under a temporary name, brings it to the disk, and renames it. For folders of ours: a file of the
+    temporary name, which a killed run may have left, is overwritten."""
+    temporary = f"{path}.tmp"
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _bring_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def put_file(path: str, write: Callable[[str], object]) -> None:
+    """As [`replace_file`], for folders of the user's, where any other name may be taken."""
+    parent, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as scratch:
+        temporary = os.path.join(scratch, name)
+        write(temporary)
+        _bring_to_disk(temporary)
+        os.replace(temporary, path)
+
+
+def _bring_to_disk(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

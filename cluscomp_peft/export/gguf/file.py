@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...compress.stream.journal import replace_file
+from ...compress.stream.journal import put_file
 from ...compress.stream.shards import small_memory, trim_memory
 from ..source import Opened, open_checkpoint
 from .architectures import (
@@ -72,13 +72,13 @@ def export_gguf(
     tensors = list_tensors(opened)
     name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else source
     if kind in _OWN:
-        replace_file(target, lambda path: _write(path, opened, tensors, name, kind))
+        put_file(target, lambda path: _write(path, opened, tensors, name, kind))
     else:
         parent, file_name = os.path.split(target)
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{file_name}.") as scratch:
             whole = os.path.join(scratch, file_name)
             _write(whole, opened, tensors, name, "F16")
-            replace_file(target, lambda path: requantize(whole, path, kind))
+            put_file(target, lambda path: requantize(whole, path, kind))
     return {"tensors": len(tensors), "bytes": os.path.getsize(target), "seconds": time.perf_counter() - started}
 
 

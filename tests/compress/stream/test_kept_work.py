@@ -245,10 +245,10 @@ def test_a_temporary_name_that_is_taken_is_left_alone(first, tmp_path):
             raise Killed
 
     if first:
-        journal_module.replace_file(str(tmp_path / "page.html"), write)
+        journal_module.put_file(str(tmp_path / "page.html"), write)
     else:
         with pytest.raises(Killed):
-            journal_module.replace_file(str(tmp_path / "page.html"), write)
+            journal_module.put_file(str(tmp_path / "page.html"), write)
     assert taken.read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == (["page.html", taken.name] if first else [taken.name])
 
