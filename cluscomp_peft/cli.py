@@ -12,6 +12,7 @@ from . import commands
 from ._version import __version__
 from .failures import ran_out_of_memory
 from .interrupts import wait_for_imports
+from .quiet import hush
 from .usage import Parser
 
 __all__ = ["main"]
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
+    if arguments is None:  # the process is the command's own
+        hush()
     try:
         with wait_for_imports():
             options.run(options)

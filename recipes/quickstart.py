@@ -20,6 +20,8 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -32,14 +34,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     get_cosine_schedule_with_warmup,
 )
-from transformers.utils import logging as hf_logging
 from trl import SFTConfig, SFTTrainer
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.hf.evaluate import true_bits
+from cluscomp_peft.quiet import hide_bars, hush
 
 VALUES = {
     "home": "bera sorin tavel mosk ulma kolin pedra vash ridel onto felm garu".split(),
@@ -79,7 +82,8 @@ def main() -> None:
 
 def run(folder: str, options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    hf_logging.disable_progress_bar()
+    hush()
+    hide_bars()
     torch.manual_seed(0)
     facts = make_facts(random.Random(0))
     tokenizer = make_tokenizer(facts)
@@ -90,14 +94,16 @@ def run(folder: str, options: argparse.Namespace) -> None:
     dense_dir, compressed_dir, adapter_dir, merged_dir = (
         os.path.join(folder, name) for name in ("dense", "compressed", "adapter", "merged")
     )
-    pretrain(tokenizer, facts, options.pretrain_steps).save_pretrained(dense_dir)
-    tokenizer.save_pretrained(dense_dir)
-    rows = [measure("dense", AutoModelForCausalLM.from_pretrained(dense_dir), tokenizer, test, dense_dir)]
+    with stage(f"1/5 a Llama of 0.6 M parameters learns {len(facts)} people by heart"):
+        pretrain(tokenizer, facts, options.pretrain_steps).save_pretrained(dense_dir)
+        tokenizer.save_pretrained(dense_dir)
+        rows = [measure("dense", AutoModelForCausalLM.from_pretrained(dense_dir), tokenizer, test, dense_dir)]
 
-    config = ClusCompQuantizationConfig(bits=options.bits, scales=True)
-    compress_checkpoint(dense_dir, compressed_dir, config, overwrite=True)
-    model = AutoModelForCausalLM.from_pretrained(compressed_dir)
-    rows.append(measure("compressed", model, tokenizer, test, compressed_dir))
+    with stage("2/5 its weights become codes and codebooks"):
+        config = ClusCompQuantizationConfig(bits=options.bits, scales=True)
+        compress_checkpoint(dense_dir, compressed_dir, config, overwrite=True)
+        model = AutoModelForCausalLM.from_pretrained(compressed_dir)
+        rows.append(measure("compressed", model, tokenizer, test, compressed_dir))
 
     trainer = SFTTrainer(
         model=model,
@@ -111,8 +117,10 @@ def run(folder: str, options: argparse.Namespace) -> None:
             max_length=WINDOW,
             bf16=False,
             gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
             save_strategy="no",
-            logging_steps=50,
+            logging_strategy="no",
             report_to="none",
             seed=0,
         ),
@@ -120,22 +128,35 @@ def run(folder: str, options: argparse.Namespace) -> None:
         processing_class=tokenizer,
         peft_config=ClusCompConfig(task_type="CAUSAL_LM", num_blocks=1),  # merging adds no codebooks
     )
-    trainer.train()
-    trainer.save_model(adapter_dir)
+    trainer.remove_callback(PrinterCallback)
+    with stage(f"3/5 the codebooks learn to answer questions: {len(train)} of them, about three people of four"):
+        trainer.train()
+        trainer.save_model(adapter_dir)
 
-    finetuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), adapter_dir)
-    rows.append(measure("finetuned", finetuned, tokenizer, test, adapter_dir))
-    finetuned_logits = logits_of(finetuned, tokenizer, test)
-    merged = finetuned.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(merged_dir)
-    merged = AutoModelForCausalLM.from_pretrained(merged_dir)
-    rows.append(measure("merged", merged, tokenizer, test, merged_dir))
+    with stage("4/5 the saved adapter is loaded onto the compressed model"):
+        finetuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), adapter_dir)
+        rows.append(measure("finetuned", finetuned, tokenizer, test, adapter_dir))
+        finetuned_logits = logits_of(finetuned, tokenizer, test)
+    with stage("5/5 it is merged"):
+        merged = finetuned.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(merged_dir)
+        merged = AutoModelForCausalLM.from_pretrained(merged_dir)
+        rows.append(measure("merged", merged, tokenizer, test, merged_dir))
 
     print_table(rows)
     if not torch.equal(finetuned_logits, logits_of(merged, tokenizer, test)):
         raise SystemExit("merged and finetuned logits differ")
     print("merged = finetuned: every logit is equal to the last bit")
     print(f"done in {time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads")
+
+
+@contextmanager
+def stage(words: str) -> Iterator[None]:
+    """Says what is done, and how long it took."""
+    print(words, flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"    {time.perf_counter() - started:.1f} s", flush=True)
 
 
 # -- the made-up country
@@ -204,7 +225,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, facts: dict[str, dict[str, str]
     rng = random.Random(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, 30, steps)
-    bar = tqdm(range(steps), desc="Training the dense model", disable=None)
+    bar = tqdm(range(steps), desc="    training", disable=None, leave=False)
     for _ in bar:
         texts = [" ".join(statement(rng, facts) for _ in range(WINDOW // 4)) for _ in range(32)]
         batch = tokenizer(texts, return_tensors="pt", truncation=True, max_length=WINDOW)["input_ids"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from trl import TrlParser
 
+from ..quiet import watched
 from ..tuner.config import ClusCompConfig
 from ..usage import nearest, with_names
 
@@ -70,6 +71,8 @@ class RunsAnywhere:
     """
 
     bf16: bool | None
+    dataloader_pin_memory: bool
+    disable_tqdm: bool | None
     use_cpu: bool
 
     def __post_init__(self) -> None:
@@ -77,7 +80,10 @@ class RunsAnywhere:
             os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true" for engine in ("FSDP", "DEEPSPEED")
         )
         alone = not torch.accelerator.is_available()
+        if self.disable_tqdm is None and not watched():
+            self.disable_tqdm = True  # a line for every log instead
         if alone:
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin it for
             self.use_cpu = not deepspeed  # which finds the CPU by itself, and would be turned off
         if alone or fsdp or deepspeed:
             if self.bf16 and not alone:

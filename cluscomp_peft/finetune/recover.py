@@ -37,6 +37,7 @@ from ..compress.recovery import CachedTeacher, RecoveryTrainer, cache_teacher_lo
 from ..compress.stream.headers import check_folder
 from ..export.merged import write_merged
 from ..hf.evaluate import true_bits
+from ..quiet import watched
 from ..tuner.config import ClusCompConfig
 from ..usage import Parser, with_names
 
@@ -223,6 +224,8 @@ def _arguments(options: argparse.Namespace, work: str) -> TrainingArguments:
         gradient_accumulation_steps=options.gradient_accumulation,
         bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=None if watched() else True,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=often,

@@ -21,6 +21,8 @@ from .base import Base
 
 __all__ = ["ExplosionWarning", "train_and_save"]
 
+_MORE = 0.05  # true bits that merging adds and that need no word
+
 
 class ExplosionWarning(TrainerCallback):
     """Says what to do when the loss goes up instead of down.
@@ -57,6 +59,12 @@ def train_and_save(trainer: Any, script: Arguments, base: Base) -> None:
     folder = trainer.args.output_dir
     if trainer.accelerator.is_main_process:
         trainer.model.print_trainable_parameters()
+        after = true_bits(trainer.accelerator.unwrap_model(trainer.model))
+        if after > base.bits + _MORE:
+            print(
+                f"merging will store {after:.3f} true bits per weight, {base.bits:.3f} are those of the base: lower "
+                "--rank, or --num_blocks 1 adds none"
+            )
         trainer.add_callback(ExplosionWarning())
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(folder)
