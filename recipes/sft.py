@@ -13,13 +13,7 @@ comes out:
     out                 the adapter                                    cluscomp evaluate out/base --adapter out …
     out/merged          with --merge: base + adapter, still compressed
 
-Long contexts. What grows with them is activations, and three flags of TRL keep those small: `gradient_checkpointing`
-keeps the inputs of blocks alone and is on by default, `activation_offloading` moves even these to the host's memory,
-and `packing` wastes nothing on padding. The logits never exist as a whole: TRL computes its loss in chunks (older
-versions if told `loss_type: chunked_nll`). Serving long contexts is a matter of the keys and values, which
-transformers quantises:
-
-    model.generate(…, cache_implementation="quantized", cache_config={"backend": "hqq", "nbits": 4})
+Long contexts, several devices and more: recipes/README.md.
 """
 
 from __future__ import annotations

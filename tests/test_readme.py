@@ -1,8 +1,9 @@
-"""The README's Python runs as it stands, in order, in one process; its commands exist; links lead somewhere."""
+"""Python of README and guides runs as it stands, in order, in one process; commands exist; links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "recipes/benchmarks/README.md", "recipes/benchmarks/gpu/README.md")
+README, GUIDES = "README.md", "recipes/README.md"
+PAGES = (README, GUIDES, "recipes/benchmarks/README.md", "recipes/benchmarks/gpu/README.md")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_python_blocks_run(tmp_path):
-    code = "\n".join(blocks("python"))
+def test_the_readme_is_short():
+    assert len((ROOT / README).read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", [README, GUIDES])
+def test_python_blocks_run(page, tmp_path, compressed_dir):
+    code = "\n".join(blocks(page, "python"))
     assert "merge_and_unload" in code
+    shutil.copytree(compressed_dir, tmp_path / "small")  # what the README's first command makes
     script = tmp_path / "readme.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
@@ -30,7 +38,13 @@ def test_python_blocks_run(tmp_path):
 def test_commands_exist():
     from cluscomp_peft.cli import _parser
 
-    lines = "\n".join(blocks("sh")).splitlines()
+    lines = [
+        line.removeprefix("$ ")
+        for page in (README, GUIDES)
+        for kind in ("sh", "console")
+        for block in blocks(page, kind)
+        for line in block.splitlines()
+    ]
     named = {line.split()[1] for line in lines if line.startswith("cluscomp ")}
     known = set(_parser()._subparsers._group_actions[0].choices)
     assert named == known

@@ -14,7 +14,9 @@ def test_the_quickstart_ends_with_its_table(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines() + done.stderr.splitlines()
-    assert len(printed) <= 40 and not [line for line in printed if "warning" in line.lower() or "|" in line.replace("||", "")]
+    assert len(printed) <= 40 and not [
+        line for line in printed if "warning" in line.lower() or "|" in line.replace("||", "")
+    ]
     assert [line[:3] for line in done.stdout.splitlines() if line[1:3] == "/5"] == [f"{i}/5" for i in range(1, 6)]
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "%" in line}
     assert list(rows) == ["dense", "compressed", "finetuned", "merged"]
