@@ -5,12 +5,13 @@ With prefix sums of w, w v and w v² over the sorted distinct values, any range 
     cost(i, j) = Σ w v² − (Σ w v)² / Σ w        about its weighted mean, in constant time
 
 small   The global optimum by dynamic programming, F_k(j) = min_i F_{k−1}(i) + cost(i, j) (Ckmeans.1d.dp, Wang & Song
-        2011). The best i grows with j and with k, so a layer is found by divide and conquer, all ranges of one depth
-        at once: at most M log M steps for M distinct values.
-large   Lloyd's algorithm on the boundaries between centroids: an iteration takes n log M steps. The start has
-        centroids in proportion to p^(1/3) (Panter & Dite 1951). Before each iteration, pairs of
-        neighbouring centroids that cost little to merge are merged, and the freed centroid splits a cluster that gains
-        more; moving the centroid of an empty cluster costs nothing.
+        2011). The best i grows with j and with k, so a layer is found by divide and conquer: at most M log M steps for
+        M distinct values.
+large   Lloyd's algorithm on the boundaries between centroids: an iteration takes n log M steps. It starts with the
+        optimum of clusters that begin at some of the values only, 32 n of them, as dense as p^(1/3) (Panter & Dite
+        1951); alone, Lloyd's algorithm ends 4 to 10 % above the optimum. Before each iteration, pairs of neighbouring
+        centroids that cost little to merge are merged, and the freed centroid splits a cluster that gains more; moving
+        the centroid of an empty cluster costs nothing.
 
 Values are taken relative to their median and sums begin there, so that outliers do not cost the other values digits in
 fp64.
@@ -24,11 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .engines import can_compile, give_up
 from .lloyd import iterate
 
 __all__ = ["lloyd_scalar"]
 
-_OPTIMAL_STEPS = 1e8  # up to here the optimum takes no more than about 3 seconds
+_MOST_STEPS = 3e7  # of dynamic programming: a tenth of a second, or three seconds where numba is missing
+_PLACES, _FEWEST_PLACES = 32, 4  # for each cluster, where not all are tried
 _BINS = 4096
 _LIGHT = 1e-15  # values with a smaller share of the weight vanish in the rounding of sums
 _TINY = 1e-300  # instead of 0 in a denominator
@@ -68,11 +71,13 @@ def lloyd_scalar(
         centroids[: len(chosen)] = chosen
     else:
         line = _Line(values[heavy], mass[heavy])
-        optimal = iterations > 0 and count * num_clusters * np.log2(count) <= _OPTIMAL_STEPS
-        if optimal:
-            centroids, done = line.optimum(num_clusters), 1
+        places = line.candidates(num_clusters) if iterations > 0 else None
+        optimal = places is not None and len(places) == count + 1
+        if optimal and places is not None:
+            centroids, done = line.centroids(line.optimum(num_clusters, places)), 1
         else:
-            centroids, done = line.lloyd(num_clusters, given, iterations, tolerance, progress)
+            start = line.start(num_clusters, places) if given is None else np.sort(given) - line.origin
+            centroids, done = line.lloyd(start, iterations, tolerance, progress)
 
     order = np.argsort(centroids, kind="stable")
     bounds = _midpoints(centroids[order])
@@ -120,73 +125,60 @@ class _Line:
         means = np.diff(self.first[edges]) / np.diff(self.mass[edges])
         return np.clip(means, self.values[edges[:-1]], self.values[edges[1:] - 1])
 
+    def centroids(self, edges: np.ndarray) -> np.ndarray:
+        return self._round(self._means(edges))
+
     def _round(self, places: np.ndarray) -> np.ndarray:
         return (places + self.origin).astype(np.float32)
 
     # The optimum
 
-    def optimum(self, clusters: int) -> np.ndarray:
-        """The centroids of the least error there is."""
-        total = len(self.values)
-        # cuts[k, j]: where the last of k + 1 clusters of the first j values begins; what no solution uses stays 0
-        cuts = np.zeros((clusters, total + 1), np.int32)
+    def optimum(self, clusters: int, places: np.ndarray) -> np.ndarray:
+        """Edges of the clusters [clusters + 1] of the least error, of all that begin at one of `places`, which ascend
+        from 0 to the number of values."""
+        mass, first, second = (sums[places] for sums in (self.mass, self.first, self.second))
+        total = len(places) - 1
+        # cuts[k, j]: where the last of k + 1 clusters of the first j ranges begins; what no solution uses stays 0
+        cuts = np.zeros((clusters, total + 1), np.int64)
         best = np.zeros(total + 1)
         ends = slice(1, total - clusters + 2)
-        best[ends] = (
-            self.second[ends]
-            - self.second[0]
-            - (self.first[ends] - self.first[0]) ** 2 / (self.mass[ends] - self.mass[0])
-        )
+        best[ends] = second[ends] - second[0] - (first[ends] - first[0]) ** 2 / (mass[ends] - mass[0])
         for k in range(1, clusters):
-            base = best - self.second
-            first, last = (k + 1 if k < clusters - 1 else total), total - clusters + k + 1
-            count = last - first + 1
-            # Ends are numbered from 1; those that are odd multiples of the step lie between two that are known.
-            known = np.full(count + 1, k, np.int64)
-            step = 1 << (count.bit_length() - 1)
-            while step:
-                at = np.arange(step, count + 1, 2 * step)
-                end = at + first - 1
-                low = np.maximum(known[at - step], cuts[k - 1, end])
-                right = at + step
-                high = np.where(right <= count, known[np.minimum(right, count)], end - 1)
-                # Rounding may cross them where two choices are equally good.
-                high = np.maximum(low, np.minimum(high, end - 1))
-                known[at], value = self._cheapest(base, end, low, high)
-                cuts[k, end] = known[at]
-                best[end] = np.maximum(value + self.second[end], 0)
-                step >>= 1
+            lowest, highest = (k + 1 if k < clusters - 1 else total), total - clusters + k + 1
+            known = np.full(highest - lowest + 2, k, np.int64)
+            _fill_layer(best - second, mass, first, second, cuts[k - 1], lowest, known, cuts[k], best)
         edges = np.full(clusters + 1, total)
         for k in range(clusters - 1, -1, -1):
             edges[k] = cuts[k, edges[k + 1]]
-        return self._round(self._means(edges))
+        return places[edges]
 
-    def _cheapest(
-        self, base: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """For each end the i in [low, high] of the least base(i) + cost(i, end), and that less `second` at the end."""
-        lengths = high - low + 1
-        heads = np.cumsum(lengths) - lengths
-        i = np.arange(lengths.sum()) + np.repeat(low - heads, lengths)
-        value = np.repeat(self.first[end], lengths) - self.first[i]
-        value *= value
-        value /= np.repeat(self.mass[end], lengths) - self.mass[i]
-        np.subtract(base[i], value, out=value)
-        least = np.minimum.reduceat(value, heads)
-        hits = np.flatnonzero(value == np.repeat(least, lengths))
-        return i[hits[np.searchsorted(hits, heads)]], least
+    def candidates(self, clusters: int) -> np.ndarray | None:
+        """Where clusters may begin: before every value, if that is not too much work; or at places in proportion to
+        p^(1/3), as many as can be tried; None if those are few."""
+        count, budget = len(self.values), _MOST_STEPS / clusters
+        if count * np.log2(count) <= budget:
+            return np.arange(count + 1)
+        most = budget / np.log2(max(2.0, budget))
+        if most < _FEWEST_PLACES * clusters:
+            return None
+        wanted = int(min(most, _PLACES * clusters))
+        return np.unique(np.concatenate([[0], self._ranks(wanted), [count]]))
 
     # Lloyd
 
+    def start(self, clusters: int, places: np.ndarray | None) -> np.ndarray:
+        """Centroids to begin with: the best of clusters that begin at `places`, or in proportion to p^(1/3)."""
+        if places is None:
+            return self.values[self._ranks(clusters)]
+        return self._means(self.optimum(clusters, places))
+
     def lloyd(
         self,
-        clusters: int,
-        start: np.ndarray | None,
+        places: np.ndarray,
         iterations: int,
         tolerance: float,
         progress: Callable[[int, float], None] | None,
     ) -> tuple[np.ndarray, int]:
-        places = self._density(clusters) if start is None else np.sort(start) - self.origin
         edges = self._edges(places)
 
         def step(_: int) -> float:
@@ -245,8 +237,8 @@ class _Line:
         unused = np.delete(places, filled)[: len(places) + 1 - len(bounds)]
         return np.sort(np.concatenate([self._means(bounds), unused]))
 
-    def _density(self, clusters: int) -> np.ndarray:
-        """Start centroids: values at equal steps of the cumulated p^(1/3), from bins of equal weight."""
+    def _ranks(self, clusters: int) -> np.ndarray:
+        """Which values [clusters] lie at equal steps of the cumulated p^(1/3), from bins of equal weight."""
         count, total = len(self.values), self.mass[-1] - self.mass[0]
         tail = 0.5 ** np.arange(1, 64)  # finer towards the ends, where a single value may lie far out
         shares = np.concatenate([np.linspace(0, 1, max(_BINS, 2 * clusters)), tail, 1 - tail])
@@ -269,7 +261,45 @@ class _Line:
         passed = np.concatenate([[0], np.cumsum(due)])
         steps = (np.arange(clusters) + 0.5) * passed[-1] / clusters
         rank = np.interp(steps, passed, edges)
-        return self.values[np.minimum(rank.astype(np.int64), count - 1)]
+        return np.minimum(rank.astype(np.int64), count - 1)
+
+
+def _fill_layer(*layer: Any) -> None:
+    """One layer of the dynamic program, see [`ranges.fill_layer`], by the compiled loop or by numpy."""
+    if can_compile("cpu"):
+        try:
+            from .ranges import fill_layer
+
+            return fill_layer(*layer)
+        except Exception as error:
+            give_up("cpu", error)
+    _fill_with_numpy(*layer)
+
+
+def _fill_with_numpy(base, mass, first, second, least, lowest, known, cuts, best) -> None:  # type: ignore[no-untyped-def]
+    """The same numbers; all ends at once that lie between two that are known."""
+    count = len(known) - 1
+    step = 1 << (count.bit_length() - 1)
+    while step:
+        at = np.arange(step, count + 1, 2 * step)
+        end = at + lowest - 1
+        low = np.maximum(known[at - step], least[end])
+        right = at + step
+        high = np.where(right <= count, known[np.minimum(right, count)], end - 1)
+        # Rounding may cross them where two choices are equally good.
+        high = np.maximum(low, np.minimum(high, end - 1))
+        lengths = high - low + 1
+        heads = np.cumsum(lengths) - lengths
+        i = np.arange(lengths.sum()) + np.repeat(low - heads, lengths)
+        value = np.repeat(first[end], lengths) - first[i]
+        value *= value
+        value /= np.repeat(mass[end], lengths) - mass[i]
+        np.subtract(base[i], value, out=value)
+        error = np.minimum.reduceat(value, heads)
+        hits = np.flatnonzero(value == np.repeat(error, lengths))
+        known[at] = cuts[end] = i[hits[np.searchsorted(hits, heads)]]
+        best[end] = np.maximum(error + second[end], 0)
+        step >>= 1
 
 
 def _place(sums: np.ndarray, wanted: Any) -> Any:
