@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read 
 ROOT = Path(__file__).resolve().parents[1]
 _SECONDS = 60  # for one case; a hundred times what it takes
 _ALL = range(CHECKPOINTS + ADAPTERS)
-_SOME = [*range(0, CHECKPOINTS, 7), *range(CHECKPOINTS, CHECKPOINTS + ADAPTERS, 7)]
+_SOME = [*range(0, CHECKPOINTS, 10), *range(CHECKPOINTS, CHECKPOINTS + ADAPTERS, 10)]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,14 @@ So a server computes what transformers does with the same tensors, up to the ker
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -25,7 +28,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from .. import ops
-from ..codes import ClusterSpec, num_groups
+from ..codes import ClusterSpec, combine_fingerprints, fingerprint, num_groups
 from ..layout import expand
 
 __all__ = ["ClusCompConfigOfVllm", "ClusteredLinearMethod", "register"]
@@ -48,11 +51,17 @@ class ClusCompConfigOfVllm(QuantizationConfig):
     Args:
         layout (`dict`): Name patterns of the clustered matrices and how each is stored; see `cluscomp_peft.layout`.
         codebook_dtype (`torch.dtype`): Of codebooks and scales.
+        fingerprint (`str`, *optional*): Digest of all codes, in the order of transformers' model.
     """
 
-    def __init__(self, layout: dict[str, dict[str, Any]], codebook_dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: dict[str, dict[str, Any]], codebook_dtype: torch.dtype, fingerprint: str | None = None
+    ) -> None:
         super().__init__()
-        self.layout, self.codebook_dtype = layout, codebook_dtype
+        self.layout, self.codebook_dtype, self.fingerprint = layout, codebook_dtype, fingerprint
+        self._awaited: set[str] = set()  # clustered matrices of the model in this process
+        self._digests: dict[str, str] = {}
+        self._model_config: Any = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ClusCompConfigOfVllm:
@@ -78,7 +87,7 @@ class ClusCompConfigOfVllm(QuantizationConfig):
                 f"the experts of this checkpoint are clustered ({experts[0]}), which the vLLM plug-in does not serve; "
                 f"compress the model with experts left dense (exclude_modules), or {_AS_DENSE}"
             )
-        return cls(config["layout"], _DTYPES[config["codebook_dtype"]])
+        return cls(config["layout"], _DTYPES[config["codebook_dtype"]], config.get("fingerprint"))
 
     def get_name(self) -> str:
         return _METHOD
@@ -104,8 +113,13 @@ class ClusCompConfigOfVllm(QuantizationConfig):
             ValueError: If the layer is clustered and of a kind that is not served, or clustered in part.
         """
         if isinstance(layer, LinearBase):
-            parts = self._parts(prefix)
-            return ClusteredLinearMethod(prefix, parts, self.codebook_dtype) if parts else UnquantizedLinearMethod()
+            specs = self._parts(prefix)
+            if not specs:
+                return UnquantizedLinearMethod()
+            self._awaited |= specs.keys()
+            running = get_current_vllm_config_or_none()
+            self._model_config = self._model_config if running is None else running.model_config.hf_config
+            return ClusteredLinearMethod(prefix, specs, self)
         if isinstance(layer, VocabParallelEmbedding) and self._specs([prefix]):
             raise ValueError(
                 f"{prefix} is clustered, and vLLM pads vocabularies, which codes cannot be; compress the model with "
@@ -117,8 +131,42 @@ class ClusCompConfigOfVllm(QuantizationConfig):
             )
         return None
 
-    def _parts(self, prefix: str) -> list[ClusterSpec]:
-        """The specs of what is merged into a layer, in vLLM's order; empty if it is dense."""
+    def note(self, name: str, digest: str) -> None:
+        """Takes the digest of the codes of a matrix; with the last of them, all are held against config.json.
+
+        Raises:
+            ValueError: If the codes are not those of the checkpoint.
+        """
+        self._digests[name] = digest
+        if self._digests.keys() != self._awaited:
+            return
+        order = self._order()
+        found = combine_fingerprints(self._digests[name] for name in order) if order else self.fingerprint
+        self._digests.clear()
+        if self.fingerprint not in (None, found):
+            raise ValueError(
+                f"the codes of this checkpoint are not the ones it was saved with (fingerprint {found}, config.json "
+                f"says {self.fingerprint}): a file is damaged or belongs to another model. Download or compress it "
+                "again."
+            )
+
+    def _order(self) -> list[str]:
+        """The matrices in the order of transformers' model; empty where this process has only some of them, or vLLM
+        calls them otherwise."""
+        config = copy.deepcopy(self._model_config)
+        if config is None:
+            return []
+        vars(config).pop("quantization_config", None)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except ValueError:  # no causal language model
+            return []
+        names = expand(self.layout, (name for name, _ in model.named_modules()), model.base_model_prefix)
+        return list(names) if names.keys() == self._digests.keys() else []
+
+    def _parts(self, prefix: str) -> dict[str, ClusterSpec]:
+        """Name and spec of what is merged into a layer, in vLLM's order; empty if it is dense."""
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(leaf, [leaf])]
         specs = self._specs(names)
@@ -128,7 +176,7 @@ class ClusCompConfigOfVllm(QuantizationConfig):
                 f"vLLM merges {', '.join(names)} into {prefix}, but {', '.join(absent)} stayed dense; compress all of "
                 "them, or none."
             )
-        return [specs[name] for name in names] if specs else []
+        return {name: specs[name] for name in names} if specs else {}
 
     def _specs(self, names: list[str]) -> dict[str, ClusterSpec]:
         return expand(self.layout, names, prefix="model")
@@ -187,12 +235,12 @@ class ClusteredLinearMethod(LinearMethodBase):
 
     Args:
         prefix (`str`): Name of the layer.
-        specs (`list[ClusterSpec]`): Of its parts.
-        codebook_dtype (`torch.dtype`): Of codebooks and scales.
+        specs (`dict[str, ClusterSpec]`): Of its parts, by their names in the checkpoint.
+        config ([`ClusCompConfigOfVllm`]): Of the checkpoint.
     """
 
-    def __init__(self, prefix: str, specs: list[ClusterSpec], codebook_dtype: torch.dtype) -> None:
-        self.prefix, self.specs, self.codebook_dtype = prefix, specs, codebook_dtype
+    def __init__(self, prefix: str, specs: dict[str, ClusterSpec], config: ClusCompConfigOfVllm) -> None:
+        self.prefix, self.specs, self.config = prefix, specs, config
         self.parts: list[Part] = []
         self._loaded: set[tuple[str, int]] = set()
 
@@ -223,14 +271,14 @@ class ClusteredLinearMethod(LinearMethodBase):
                 "checkpoint; this architecture is not served."
             )
         sizes: dict[str, int] = {}
-        for spec, out_features in zip(self.specs, output_partition_sizes, strict=True):
+        for spec, out_features in zip(self.specs.values(), output_partition_sizes, strict=True):
             part = Part(spec, out_features, input_size, {})
             for name, shape in part.shapes().items():
                 part.begins[name] = sizes.get(name, 0)
                 sizes[name] = part.begins[name] + torch.Size(shape).numel()
             self.parts.append(part)
         for name, size in sizes.items():
-            dtype = torch.uint8 if name == "codes" else self.codebook_dtype
+            dtype = torch.uint8 if name == "codes" else self.config.codebook_dtype
             parameter = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
             parameter.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
@@ -256,10 +304,11 @@ class ClusteredLinearMethod(LinearMethodBase):
         """Looks whether all is there and usable.
 
         Raises:
-            ValueError: If tensors are missing, not finite, or codes name centroids that there are not.
+            ValueError: If tensors are missing or not finite, or codes name centroids that there are not, or are not
+                those that were saved.
         """
-        for index, part in enumerate(self.parts):
-            absent = [name for name in part.shapes() if (name, index) not in self._loaded]
+        for index, (name, part) in enumerate(zip(self.specs, self.parts, strict=True)):
+            absent = [key for key in part.shapes() if (key, index) not in self._loaded]
             if absent:
                 raise ValueError(
                     f"the checkpoint lacks {absent[0]} of part {index} of {self.prefix}; download it again."
@@ -272,6 +321,7 @@ class ClusteredLinearMethod(LinearMethodBase):
                 weight.codes, part.spec.num_clusters, num_groups(part.out_features, part.spec.group_size)
             ):
                 raise ValueError(f"{self.prefix} has codes beyond its codebook; download the checkpoint again.")
+            self.config.note(name, fingerprint(weight.codes, part.out_features, part.spec))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] to [..., out], the parts beside each other."""

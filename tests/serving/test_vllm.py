@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cluscomp_peft.cli import main
@@ -91,6 +93,27 @@ def test_tensor_parallelism_is_refused(python, folder, tmp_path):
     environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # or it asks for a socket for each rank
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode != 0 and "cannot be cut for tensor parallelism" in run.stdout + run.stderr
+
+
+def test_a_flipped_code_is_noticed(python, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("v_proj.codes"))
+    tensors[key][3, 1] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    script = tmp_path / "greedy.py"
+    script.write_text(GREEDY)
+    arguments = [
+        python,
+        str(script),
+        str(path.parent),
+        "[[1]]",
+        '{"enforce_eager": true}',
+        str(tmp_path / "made.json"),
+    ]
+    run = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert run.returncode != 0 and "not the ones it was saved with" in run.stdout + run.stderr
 
 
 ASK = """
