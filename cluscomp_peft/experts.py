@@ -32,6 +32,7 @@ from .upstream.transformers_experts import (
     apply_gate,
     follow_implementation,
     has_implementations,
+    norm_of_experts,
     register_experts,
     use_implementation,
 )
@@ -264,7 +265,8 @@ def _run_expert(module: Any, index: int, expert: nn.Module, x: torch.Tensor) -> 
 
     x = project(up, x)
     x = project("down_proj", apply_gate(module, x) if module.has_gate else module.act_fn(x))
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+    norm = norm_of_experts(module)
+    return x if norm is None else norm(x)
 
 
 def _counts_of(config: Any) -> set[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from .upstream.peft import extend_peft_type, register_method, teach_lora
+from .upstream.peft import extend_peft_type, register_method, teach_lora, watch_reading
 from .upstream.transformers import FORMATS, register_format
 
 __all__ = ["register", "register_on_import"]
@@ -45,6 +45,7 @@ def _register_method() -> None:
     from .tuner.model import ClusCompModel
 
     register_method(_METHOD, ClusCompConfig, ClusCompModel)
+    watch_reading(ClusCompConfig)
     teach_lora(ClusteredLinear, LoraClusteredLinear, clustered_names)
 
 

@@ -74,11 +74,6 @@ def check_file(config: ClusCompConfig, layers: Mapping[str, nn.Module], specs: M
                     "adapter again."
                 )
             _check_entry(path, f"{name}.{key}", found[key], shape, floats)
-            if floats and not bool(found[key].read().isfinite().all()):
-                raise ValueError(
-                    f"{path}: {name}.{key} has NaN or infinite numbers: the adapter is damaged, or its training "
-                    "diverged. Copy or download it again, or take an earlier checkpoint."
-                )
         optional = {"cluscomp_units.values": ((2,), True), "cluscomp_code_digest": ((16,), False)}
         for key, (shape, floats) in optional.items():
             if key in found:
@@ -242,6 +237,12 @@ def _check_entry(path: str, name: str, entry: Entry, shape: tuple[int, ...], flo
         raise ValueError(
             f"{path}: {name} is {entry.dtype} {list(entry.shape)}, but the model and adapter_config.json ask for "
             f"{kind} {list(shape)}: the adapter is damaged or belongs to another model. Copy or download it again."
+        )
+
+    if floats and not bool(entry.read().isfinite().all()):
+        raise ValueError(
+            f"{path}: {name} has NaN or infinite numbers: the adapter is damaged, or its training diverged. Copy or "
+            "download it again, or take an earlier checkpoint."
         )
 
 

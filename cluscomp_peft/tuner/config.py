@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from .units import default_delta_scale
 __all__ = ["ClusCompConfig", "SavedFacts", "Source", "config_of_sum"]
 
 BASES = ("clustered", "dense")
+_DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only")
 
 
 class SavedFacts(NamedTuple):
@@ -200,13 +201,10 @@ class ClusCompConfig(PeftConfig):
             raise ValueError(f"delta_scale must be a finite number greater than 0, or None, got {scale!r}.")
         _ = self.policy
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Reads `adapter_config.json` and remembers from where: the tensors beside it are checked before use."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        settings = {key: value for key, value in kwargs.items() if key in ("revision", "cache_dir", "token")}
-        config._source = Source(os.fspath(pretrained_model_name_or_path), subfolder or "", settings)
-        return config
+    def note_source(self, place: str, subfolder: str | None, settings: Mapping[str, Any]) -> None:
+        """Takes from where `PeftConfig.from_pretrained` read it: the tensors beside it are checked before use."""
+        download = {key: settings[key] for key in _DOWNLOAD if key in settings}
+        self._source = Source(os.fspath(place), subfolder or "", download)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`: the settings, and what [`note_facts`] was told."""
@@ -223,7 +221,7 @@ class ClusCompConfig(PeftConfig):
 
     @property
     def source(self) -> Source | None:
-        """Where the config was read from; None where [`from_pretrained`] of this class did not read it."""
+        """Where the config was read from; None where it was made."""
         return self._source
 
     @property

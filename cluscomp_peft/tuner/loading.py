@@ -197,8 +197,11 @@ class LoadingLayer(MergingLayer):
             value = stored(self.base_layer, key)
             if value is not None and value.is_floating_point():
                 values[f"base_layer.{key}"] = value
+        units = stored(self.cluscomp_units[adapter_name], "values")
+        if units is not None:
+            values["cluscomp_units.values"] = units
         for key, value in values.items():
-            if value.device.type == "meta" or bool(value.isnan().all()):
+            if value.device.type == "meta" or (value is not units and bool(value.isnan().all())):
                 raise RuntimeError(
                     f"adapter {adapter_name!r} was made from the config of a saved adapter, but its weights were not "
                     "loaded. Load it with PeftModel.from_pretrained or model.load_adapter; to start a new adapter "

@@ -33,6 +33,7 @@ __all__ = [
     "show_device_map",
     "teach_lora",
     "trains_tokens",
+    "watch_reading",
 ]
 
 # What PeftModel puts before the names of a model in the files of adapters. If it changes, saved adapters are held
@@ -122,6 +123,32 @@ def register_method(method: str, config: type, model: type) -> None:
 
     if PeftType(method.upper()) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=method, config_cls=config, model_cls=model)
+
+
+def watch_reading(kind: type) -> None:
+    """Has `PeftConfig.from_pretrained`, which makes of a file the config of whatever method it names, tell those of a
+    class where they were read, by their `note_source(place, subfolder, settings)`: transformers' `load_adapter` reads
+    them so.
+
+    If they are read otherwise, the files of adapters that transformers loads are not checked before the model is
+    touched.
+    """
+    from peft.config import PeftConfigMixin
+
+    read = PeftConfigMixin.from_pretrained.__func__
+    if hasattr(read, "__wrapped__"):
+        return
+
+    @functools.wraps(read)
+    def read_and_tell(
+        cls: type, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, kind):
+            config.note_source(pretrained_model_name_or_path, subfolder, kwargs)  # type: ignore[attr-defined]
+        return config
+
+    PeftConfigMixin.from_pretrained = classmethod(read_and_tell)
 
 
 def teach_lora(base: type[nn.Module], layer: Callable[..., nn.Module], names: Callable[[nn.Module], set[str]]) -> None:

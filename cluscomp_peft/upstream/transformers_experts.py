@@ -13,6 +13,7 @@ __all__ = [
     "as_stored",
     "follow_implementation",
     "has_implementations",
+    "norm_of_experts",
     "register_experts",
     "use_implementation",
 ]
@@ -20,11 +21,11 @@ __all__ = [
 
 def has_implementations(module: Any) -> bool:
     """Whether a module's class of experts is one of those with `use_experts_implementation`, which leaves
-    `is_transposed`, `has_gate`, `has_bias`, `has_post_expert_norm`, `config` and `_apply_gate` on it.
+    `is_transposed`, `has_gate`, `has_bias`, `config` and `_apply_gate` on it.
 
     If it notes them elsewhere, experts of most families cannot be clustered.
     """
-    noted = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config", "_apply_gate")
+    noted = ("is_transposed", "has_gate", "has_bias", "config", "_apply_gate")
     return all(hasattr(module, name) for name in noted)
 
 
@@ -45,6 +46,15 @@ def as_stored(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     from transformers.core_model_loading import revert_weight_conversion
 
     return {name: value.clone() for name, value in revert_weight_conversion(model, dict(tensors)).items()}
+
+
+def norm_of_experts(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What is done to the outputs of experts before they are weighted: `module.post_expert_norm` where
+    `module.has_post_expert_norm` says so, which transformers 5.18 does not know; None for nothing.
+
+    If it is called otherwise, models with such experts compute something else.
+    """
+    return module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
 
 
 def register_experts(name: str, forward: Callable[..., torch.Tensor]) -> None:

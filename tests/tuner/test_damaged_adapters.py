@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import resource
@@ -98,6 +99,8 @@ ALL = [
     ("a scale is larger", replace("cluscomp_delta.scale_out", wider)),
     ("whole numbers", replace("cluscomp_delta.codebook", torch.Tensor.int)),
     ("units of another shape", replace("cluscomp_units.values", wider)),
+    ("units that are no numbers", replace("cluscomp_units.values", lambda tensor: tensor * float("nan"))),
+    ("units without end", replace("cluscomp_units.values", lambda tensor: tensor / 0)),
     ("numbers for a layer that is not there", lambda tensors: tensors.update(stranger(tensors))),
 ]
 CODES = [
@@ -131,12 +134,16 @@ CASES += [(kind, "digest", replace("cluscomp_code_digest", flipped)) for kind in
 CASES += [("compressed", "codes of its own", lambda tensors: tensors.update({UP + "codes": torch.zeros(3, 3).byte()}))]
 
 
+@pytest.mark.parametrize("way", ["peft", "mixin"])
 @pytest.mark.parametrize(("kind", "name", "change"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_damage_is_found_before_the_model_is_touched(adapter, base, kind, name, change, tokens):
+def test_damage_is_found_before_the_model_is_touched(adapter, base, kind, name, change, way, tokens):
     model = base(kind)
     expected = logits_of(model, tokens)
-    with pytest.raises(ValueError, match=r"damaged|has no|belongs to another|would not be loaded"):
-        PeftModel.from_pretrained(model, adapter(kind, change))
+    with pytest.raises(ValueError, match=r"damaged|has no|belongs to another|would not be loaded|NaN or infinite"):
+        if way == "peft":
+            PeftModel.from_pretrained(model, adapter(kind, change))
+        else:
+            model.load_adapter(str(adapter(kind, change)))
     assert_untouched(model, expected, tokens)
 
 
@@ -195,29 +202,52 @@ def test_transformers_loader_loads_the_digests(saved, base, kind, tokens):
     assert torch.isfinite(logits_of(model, tokens)).all()
 
 
+def from_tensors(model, folder):
+    """By a loader that never shows a file: only what arrives can be held against the config."""
+    config = PeftConfig.from_pretrained(folder)
+    tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / FILE).items()}
+    model.load_adapter(peft_config=replaced(config), adapter_state_dict=tensors)
+
+
+def replaced(config):
+    """The same config, as if it had been read by somebody else."""
+    return dataclasses.replace(config)
+
+
 @pytest.mark.parametrize(("kind", "key"), [("born", "base_layer.codes"), ("dense", "codes")])
-def test_transformers_loader_notices_codes_that_are_not_those_of_the_digest(adapter, base, kind, key, tokens):
+def test_codes_that_arrive_and_are_not_those_of_the_digest(adapter, base, kind, key, tokens):
     model = base(kind)
-    model.load_adapter(str(adapter(kind, replace(key, flipped))))
+    from_tensors(model, adapter(kind, replace(key, flipped)))
     with pytest.raises(ValueError, match="the codes that came with adapter 'default' have fingerprint"):
         model(tokens)
 
 
 @pytest.mark.parametrize("kind", ["born", "dense"])
-def test_transformers_loader_notices_the_file_of_another_adapter(adapter, base, kind, tokens):
-    """Whose codes and digests are right, and not those of the config beside it."""
+def test_tensors_of_another_adapter_that_arrive(adapter, base, kind, tokens):
+    """Whose codes and digests are right, and not those of the config."""
     model = base(kind)
-    model.load_adapter(str(adapter(kind, other_digest)))
+    from_tensors(model, adapter(kind, other_digest))
     with pytest.raises(ValueError, match="the two belong to different adapters"):
         model(tokens)
 
 
-def test_transformers_loader_warns_of_other_codebooks(adapter, base, tokens):
+def test_other_codebooks_that_arrive_are_a_warning(adapter, base, tokens):
     model = base("born")
-    model.load_adapter(str(adapter("born", replace("base_layer.codebook", flipped))))
+    from_tensors(model, adapter("born", replace("base_layer.codebook", flipped)))
     with pytest.warns(UserWarning, match="other codebooks or scales than its adapter_config"):
         model(tokens)
     model(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_units_that_are_no_numbers_when_they_arrive(saved, base, kind, value, tokens):
+    model = get_peft_model(base(kind), replaced(PeftConfig.from_pretrained(saved[kind])))
+    state = PeftModel.from_pretrained(base(kind), saved[kind]).state_dict()
+    state[next(key for key in state if key.endswith("up_proj.cluscomp_units.default.values"))].fill_(value)
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers in .*cluscomp_units\.values"):
+        model(tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +261,7 @@ def test_numbers_that_are_none(adapter, base, kind, value, tokens):
     with pytest.raises(ValueError, match=r"up_proj\.cluscomp_delta\.scale_in has NaN or infinite numbers"):
         PeftModel.from_pretrained(model, folder)
     assert_untouched(model, expected, tokens)
-    model.load_adapter(str(folder))
+    from_tensors(model, folder)
     with pytest.raises(ValueError, match=r"NaN or infinite numbers in .*up_proj\.cluscomp_delta\.scale_in"):
         model(tokens)
 

@@ -32,6 +32,8 @@ DOCUMENTED = {
     "transformers": None,
     "transformers.pytorch_utils": {"Conv1D"},
     "transformers.quantizers.base": {"HfQuantizer"},
+    "transformers.trainer_utils": {"get_last_checkpoint"},
+    "transformers.utils.logging": {"disable_progress_bar"},
     "transformers.utils.quantization_config": {"QuantizationConfigMixin"},
 }
 # Undocumented ones without an underscore, or that are written as text, for getattr() and the like.

@@ -6,6 +6,7 @@ A method that only notes how PEFT calls it stands in for ours: adapters of it ar
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import warnings
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.config import PeftConfigMixin
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -496,6 +498,26 @@ def taught(monkeypatch):
     model = tiny_llama()
     model.model.layers[0].self_attn.o_proj = OwnLayer()
     return model
+
+
+@contract(room, "watch_reading")
+def test_a_config_is_told_where_it_was_read(tmp_path, monkeypatch):
+    told = []
+
+    class Own(LoraConfig):
+        def note_source(self, *source):
+            told.append(source)
+
+    reading = PeftConfigMixin.__dict__["from_pretrained"]
+    monkeypatch.setattr(PeftConfigMixin, "from_pretrained", classmethod(inspect.unwrap(reading.__func__)))
+    for _ in range(2):  # the second time does nothing
+        room.watch_reading(Own)
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, Own)
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert isinstance(PeftConfig.from_pretrained(tmp_path, revision="main"), Own)
+    assert told == [(tmp_path, None, {"revision": "main"})]
+    tiny_llama().load_adapter(str(tmp_path), adapter_state_dict={})  # transformers reads it the same way
+    assert told[1][0] == str(tmp_path)
 
 
 @contract(room, "teach_lora")

@@ -5,6 +5,7 @@ A quantizer that only notes what it is asked stands in for ours in from_pretrain
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
+from transformers.integrations import moe
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -412,9 +414,20 @@ def test_classes_of_experts_say_how_they_compute():
     )
     assert (mixtral.is_transposed, mixtral.has_gate, mixtral.has_bias) == (False, True, False)
     assert (gpt_oss.is_transposed, gpt_oss.has_gate, gpt_oss.has_bias) == (True, True, True)
-    assert not mixtral.has_post_expert_norm and not tiny_mixture("nemotron_h").model.layers[1].mixer.experts.has_gate
+    assert not tiny_mixture("nemotron_h").model.layers[1].mixer.experts.has_gate
     x = torch.randn(3, 80)
     assert torch.equal(experts_room.apply_gate(mixtral, x), mixtral.act_fn(x[:, :40]) * x[:, 40:])
+
+
+@contract(experts_room, "norm_of_experts")
+def test_experts_say_whether_their_outputs_are_normed():
+    experts = tiny_mixture("mixtral").model.layers[0].mlp.experts
+    assert experts_room.norm_of_experts(experts) is None
+    source = inspect.getsource(moe)
+    if "has_post_expert_norm" in source:  # not in 5.18, which has no such experts
+        experts.has_post_expert_norm, experts.post_expert_norm = True, torch.nn.Identity()
+        assert experts_room.norm_of_experts(experts) is experts.post_expert_norm
+        assert "self.post_expert_norm(proj_out)" in source
 
 
 @contract(experts_room, "register_experts", "use_implementation", "follow_implementation")
