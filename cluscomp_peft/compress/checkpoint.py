@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
@@ -219,6 +220,12 @@ def compress_checkpoint(
             "tokens": None if given is None else given.windows.numel(),
             "dtype": dtype,
             "coverage": policy.coverage(model, specs),
+            "settings": _settings(config, size, None if given is None else text, given, feedback, epochs, dtype),
+            "versions": {
+                "cluscomp_peft": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
         pooled = [name for name, entry in result["matrices"].items() if entry.get("pooled")]
         if pooled:  # experts that too few tokens reached
@@ -238,6 +245,31 @@ def compress_checkpoint(
 def _true_bits(matrices: list[dict[str, Any]]) -> float | None:
     weights = sum(math.prod(entry["shape"]) for entry in matrices)
     return 8 * sum(entry["bytes"] for entry in matrices) / weights if weights else None
+
+
+def _settings(
+    config: QuantizationConfig,
+    size: int | None,
+    text: str | None,
+    given: Calibration | None,
+    feedback: bool,
+    epochs: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """What makes this checkpoint again, by the names of the command's flags."""
+    policy = config.policy
+    settings = {
+        "bits": policy.bits if size is None else None,
+        "size": size,
+        **{name: getattr(policy, name) for name in ("group_size", "num_clusters", "scales", "embeddings")},
+        **{name: getattr(policy, name) for name in ("codebook_dtype", "quality", "seed")},
+        "dtype": dtype,
+        "calibration": text or NONE,
+    }
+    if given is not None:
+        samples, seqlen = given.windows.shape
+        settings |= {"samples": samples, "seqlen": seqlen, "feedback": feedback, "epochs": epochs}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _finish(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["A_LOT", "verdict"]
+__all__ = ["A_LOT", "judge", "verdict"]
 
 A_LOT = 0.3  # nats per token above dense: a perplexity that is a third higher
 
@@ -21,16 +21,30 @@ def verdict(summary: Mapping[str, Any], losses: Mapping[str, float], folder: str
     """
     dense_bytes = summary["bytes"] - summary["clustered_bytes"]
     what = "embeddings" if summary.get("embedding_bits") is None else "norms"
-    lines = [
+    size = (
         f"weight files {summary['source_bytes'] / 1e6:.1f} → {summary['bytes'] / 1e6:.1f} MB, of which "
         f"{dense_bytes / 1e6:.1f} MB are {what} and whatever else stays dense"
-    ]
-    warnings = []
-    if losses:
+    )
+    lines, warnings = judge(losses, folder, summary["source"], summary["not_calibrated"])
+    return [size, *lines], warnings
+
+
+def judge(
+    losses: Mapping[str, float], folder: str, source: str, not_calibrated: str | None
+) -> tuple[list[str], list[str]]:
+    """What the model lost, in lines; and lines that warn: much, or nobody knows.
+
+    Args:
+        losses: As for [`verdict`].
+        folder, source (`str`): The compressed and the dense model.
+        not_calibrated (`str`, *optional*): Why no text calibrated it, although some should have.
+    """
+    lines, warnings = [], []
+    if {"dense", "compressed"} <= losses.keys():
         dense, compressed = losses["dense"], losses["compressed"]
         lines.append(
             f"loss on held-out calibration text: {compressed:.4f} nats per token, dense {dense:.4f} (perplexity "
-            f"{math.exp(min(compressed, 700)):.2f}, dense {math.exp(min(dense, 700)):.2f})"
+            f"{_perplexity(compressed):.2f}, dense {_perplexity(dense):.2f})"
         )
         if compressed - dense > A_LOT:
             warnings.append(
@@ -40,8 +54,12 @@ def verdict(summary: Mapping[str, Any], losses: Mapping[str, float], folder: str
     else:
         warnings.append(
             "What the model lost was not measured. This does: "
-            f"cluscomp evaluate {folder} --teacher {summary['source']} --data TEXT"
+            f"cluscomp evaluate {folder} --teacher {source} --data TEXT"
         )
-    if summary["not_calibrated"]:
-        warnings.append(f"Compressed without calibration text, which loses more: {summary['not_calibrated']}.")
+    if not_calibrated:
+        warnings.append(f"Compressed without calibration text, which loses more: {not_calibrated}.")
     return lines, warnings
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(max(-700.0, min(loss, 700.0)))
