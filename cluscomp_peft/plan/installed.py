@@ -79,7 +79,9 @@ def nf4_bits() -> float:
     try:
         from bitsandbytes.functional import quantize_4bit
 
-        codes, state = quantize_4bit(torch.zeros(weights), compress_statistics=True, quant_type="nf4")
+        # Not zeros, which end the process in 0.48: they have no scale.
+        numbers = torch.linspace(-1, 1, weights)
+        codes, state = quantize_4bit(numbers, compress_statistics=True, quant_type="nf4")
         return 8 * (codes.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes) / weights
     except Exception:  # not installed, or no kernels for this device
         return 4 + 8 / 64 + 32 / (64 * 256)
