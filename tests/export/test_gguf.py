@@ -216,6 +216,7 @@ def test_types_are_as_near_as_they_promise(made, tmp_path, capsys, kind, bound):
     assert all(error <= (0 if "norm" in key else bound) for key, error in errors.items())
 
 
+@pytest.mark.slow
 def test_the_frequencies_of_llama_3_are_divided_by_what_the_file_holds(made, tmp_path):
     _, folder = made("Llama with frequencies divided")
     assert export(folder, tmp_path / "model.gguf", "--type", "F32") == 0

@@ -155,6 +155,7 @@ def test_a_model_that_does_not_run_without_numbers_is_estimated(tmp_path, capsys
 # -- a large model
 
 
+@pytest.mark.slow
 def test_70_billion_parameters_in_24_gib(large, capsys):
     started = time.process_time()
     flags = ["--bits", "2", "--gpu-memory", "24GiB", "--optimizer", "adamw_8bit", "--chunked-loss"]
@@ -174,6 +175,7 @@ def test_70_billion_parameters_in_24_gib(large, capsys):
     assert report["jobs"]["full"]["total"] > 12 * report["parameters"]
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_is_the_longest(tmp_path, capsys):
     folder = saved(tmp_path, LlamaConfig(**SMALL))
     job = forecast(capsys, folder, "--seqlen", "320")["jobs"]["finetune"]

@@ -24,6 +24,7 @@ def spread(capsys, folder: str, devices: int, engine: str, *flags: str) -> dict:
     return forecast(capsys, folder, *flags, "--world-size", str(devices), "--engine", engine)
 
 
+@pytest.mark.slow
 def test_one_device_is_what_it_was(tmp_path, capsys):
     folder = saved(tmp_path, LlamaConfig(**SMALL))
     for flags in ([], ["--gpu-memory", "1GiB"]):
@@ -49,6 +50,7 @@ def test_ddp_adds_its_buckets(tmp_path, capsys):
     assert more["jobs"]["finetune"]["total"] == many["jobs"]["finetune"]["total"]
 
 
+@pytest.mark.slow
 def test_70_billion_parameters_on_8_devices_of_24_gib(large, capsys):
     flags = ["--bits", "2", "--optimizer", "adamw_8bit"]
     alone = forecast(capsys, large, *flags)
@@ -136,6 +138,7 @@ def peak_of_a_step(model: torch.nn.Module) -> int:
     return max(accumulate(size for _, size in sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [160, 4000])
 def test_what_fsdp2_gathers_is_what_torch_allocates(tmp_path, capsys, vocabulary):
     sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3, vocab_size=vocabulary, head_dim=64)
@@ -167,6 +170,7 @@ def test_a_tied_head_stays_gathered(tmp_path, capsys):
         assert always == ([(160 * 64 + 64) * 2] if tied else [])
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_suggested(large, capsys):
     flags = ["plan", large, "--bits", "2", "--optimizer", "adamw_8bit", "--gpu-memory"]
     assert main([*flags, "16GiB"]) == 0
@@ -184,6 +188,7 @@ def test_what_would_fit_is_suggested(large, capsys):
     assert "no engine fits them on up to 64 devices" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_text_names_devices_engine_and_global_batch(tmp_path, capsys):
     folder = saved(tmp_path, LlamaConfig(**SMALL))
     flags = ["--world-size", "8", "--batch", "3", "--seqlen", "256", "--gpu-memory", "4GiB"]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.py"
 
 
+@pytest.mark.slow
 def test_the_quickstart_ends_with_its_table(tmp_path):
     command = [sys.executable, SCRIPT, "--output_dir", tmp_path, "--pretrain_steps", "4", "--sft_steps", "3"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

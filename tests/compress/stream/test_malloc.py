@@ -33,6 +33,7 @@ print(own, during, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_memory_is_taken_as_before_once_a_run_is_over(dense_dir, tmp_path):
     """Page faults of twenty tensors of 24 MiB, one after the other: taken from a heap, they share their pages."""
