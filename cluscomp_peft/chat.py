@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, set_seed
 
 from .compress.architecture import read_tokenizer, refuse_evaluation
-from .compress.stream.headers import adapter_base, check_folder
+from .compress.stream.headers import base_of, check_folder
 
 __all__ = ["Conversation", "load", "questions"]
 
@@ -35,11 +35,7 @@ def load(path: str, adapter: str | None = None, dtype: str = "auto", device: str
     Raises:
         ValueError: If it is no causal language model, or has no tokenizer.
     """
-    base = adapter_base(path)
-    if base is not None:
-        if adapter is not None:
-            raise ValueError(f"{path} is an adapter, as --adapter {adapter} is; give the base, {base}.")
-        path, adapter = base, path
+    path, adapter = base_of(path, adapter)
     check_folder(path)
     refuse_evaluation(AutoConfig.from_pretrained(path), path, "chat needs a decoder that predicts next tokens")
     tokenizer = (adapter and read_tokenizer(adapter)) or read_tokenizer(path)

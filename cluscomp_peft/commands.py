@@ -128,7 +128,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from .compress.architecture import read_tokenizer, refuse_evaluation
     from .compress.calibration.text import read_documents, token_windows
-    from .compress.stream.headers import adapter_base, check_folder
+    from .compress.stream.headers import base_of, check_folder
     from .hf.evaluate import evaluate as measure
 
     if options.max_tokens is not None and options.max_tokens < 2:
@@ -136,13 +136,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"--max-tokens must be at least 2, one token and the next to predict from it, got {options.max_tokens}; "
             "leave it out to take the whole text."
         )
-    base = adapter_base(options.path)
-    if base is not None:
-        if options.adapter is not None:
-            raise ValueError(
-                f"{options.path} is an adapter, as --adapter {options.adapter} is; give the base, {base}."
-            )
-        options.path, options.adapter = base, options.path
+    options.path, options.adapter = base_of(options.path, options.adapter)
     check_folder(options.path)
     refuse_evaluation(AutoConfig.from_pretrained(options.path), options.path)
     tokenizer = read_tokenizer(options.path)

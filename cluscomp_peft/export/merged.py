@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from ..compress.architecture import model_class, read_tokenizer
 from ..compress.report.card import license_of, merged_card
 from ..compress.report.record import PAGE_NAME, REPORT_NAME, read_report, write_page
-from ..compress.stream.folder import check_target, write_text
+from ..compress.stream.folder import check_target, free_name, write_text
 from ..compress.stream.headers import check_folder, weight_bytes
 from ..compress.stream.journal import disk_errors
 from ..hf.evaluate import true_bits
@@ -82,13 +82,12 @@ def merge_adapter(
     tokenizer = read_tokenizer(adapter) or read_tokenizer(source)
     parent, name = os.path.split(os.path.abspath(target))
     os.makedirs(parent, exist_ok=True)
-    work = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as scratch:
+        work = os.path.join(scratch, name)
+        os.mkdir(work)
         write_merged(merged, tokenizer, work, name, source, MERGED)
         check_target(source, target, overwrite)  # which may have been filled meanwhile
-        _move(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _move(work, os.path.abspath(target))
     return {
         "base_bits": base_bits,
         "true_bits": true_bits(merged),
@@ -144,10 +143,8 @@ def write_merged(
 def _move(work: str, target: str) -> None:
     """The finished folder takes the target's place; what was there goes only when it has, and comes back if it
     cannot."""
-    os.chmod(work, 0o777 & ~_umask())
-    aside = None
-    if os.path.isdir(target):
-        aside = f"{work}.old"
+    aside = free_name(target) if os.path.isdir(target) else None
+    if aside is not None:
         os.rename(target, aside)
     try:
         os.rename(work, target)
@@ -157,9 +154,3 @@ def _move(work: str, target: str) -> None:
         raise
     if aside is not None:
         shutil.rmtree(aside)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -51,12 +51,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{', '.join(_COLUMNS)}. Rename what holds them; for texts without preferences use sft."
             )
     base = load_base(script, training.output_dir, conversations=isinstance(train[0]["chosen"], list))
-    trainer = DPOTrainer(
-        model=base.model,
-        args=training,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=base.tokenizer,
-        peft_config=script.adapter_config(),
-    )
-    train_and_save(trainer, script, base)
+    train_and_save(DPOTrainer, script, training, base, train, test)

@@ -38,12 +38,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script, training = parse("sft", SFTArguments, arguments)
     train, test = load_splits(script)
     base = load_base(script, training.output_dir, conversations="messages" in train.column_names)
-    trainer = SFTTrainer(
-        model=base.model,
-        args=training,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=base.tokenizer,
-        peft_config=script.adapter_config(),
-    )
-    train_and_save(trainer, script, base)
+    train_and_save(SFTTrainer, script, training, base, train, test)

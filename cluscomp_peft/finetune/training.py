@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -18,6 +18,9 @@ from ..hf.evaluate import true_bits
 from ..placement import is_sharded
 from .arguments import Arguments
 from .base import Base
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["ExplosionWarning", "train_and_save"]
 
@@ -54,9 +57,27 @@ class ExplosionWarning(TrainerCallback):
         )
 
 
-def train_and_save(trainer: Any, script: Arguments, base: Base) -> None:
-    """Trains, writes the adapter, the losses and, with `--merge`, the merged model, and says where they are."""
-    folder = trainer.args.output_dir
+def train_and_save(
+    kind: Any, script: Arguments, settings: Any, base: Base, train: Dataset, test: Dataset | None
+) -> None:
+    """Trains, writes the adapter, the losses and, with `--merge`, the merged model, and says where they are.
+
+    Args:
+        kind: Class of TRL's trainer.
+        script ([`Arguments`]): Of the job.
+        settings: Arguments of the trainer.
+        base ([`Base`]): What the adapter is trained on.
+        train, test: Data to train on and, if any, to evaluate on.
+    """
+    trainer = kind(
+        model=base.model,
+        args=settings,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=base.tokenizer,
+        peft_config=script.adapter_config(),
+    )
+    folder = settings.output_dir
     if trainer.accelerator.is_main_process:
         trainer.model.print_trainable_parameters()
         after = true_bits(trainer.accelerator.unwrap_model(trainer.model))

@@ -25,6 +25,7 @@ from .source import DenseCheckpoint
 __all__ = [
     "at_work",
     "check_target",
+    "free_name",
     "join_shards",
     "move",
     "work_folder",
@@ -113,7 +114,7 @@ def move(journal: Journal, target: str) -> None:
             os.remove(entry.path)
     if os.path.isdir(target):
         # Set aside first: at no moment is there neither the old checkpoint nor the new one.
-        aside = _free_name(target)
+        aside = free_name(target)
         journal.commit(aside={"path": aside, "inode": _inode(target)}, moved=_inode(work))
         os.rename(target, aside)
     else:
@@ -200,7 +201,8 @@ def _tidy(target: str, content: dict[str, Any]) -> None:
             os.remove(os.path.join(target, name))
 
 
-def _free_name(target: str) -> str:
+def free_name(target: str) -> str:
+    """A name beside a target that nothing has, to set aside what is there."""
     parent, name = os.path.split(target)
     path, number = os.path.join(parent, f".{name}.old"), 1
     while os.path.lexists(path):

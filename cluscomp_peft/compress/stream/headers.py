@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["Header", "adapter_base", "check_folder", "read_header", "read_headers", "weight_bytes", "weight_files"]
+__all__ = ["Header", "base_of", "check_folder", "read_header", "read_headers", "weight_bytes", "weight_files"]
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 
@@ -78,7 +78,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
     return found
 
 
-def adapter_base(path: str) -> str | None:
+def _adapter_base(path: str) -> str | None:
     """What the adapter in a folder was trained on, as its config calls it; None for a folder without an adapter.
 
     Raises:
@@ -97,6 +97,20 @@ def adapter_base(path: str) -> str | None:
     return base
 
 
+def base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
+    """The model and the adapter on it that are meant by a path, which may be that of an adapter, and an adapter.
+
+    Raises:
+        ValueError: If both are adapters, or the config of the first cannot be read.
+    """
+    base = _adapter_base(path)
+    if base is None:
+        return path, adapter
+    if adapter is not None:
+        raise ValueError(f"{path} is an adapter, as --adapter {adapter} is; give the base, {base}.")
+    return base, path
+
+
 def check_folder(path: str) -> None:
     """Raises a ValueError for a path or hub id that is no model, or of which a weight file is cut off or damaged."""
     if os.path.isdir(path):
@@ -113,7 +127,7 @@ def check_folder(path: str) -> None:
 def _check_is_model(folder: str) -> None:
     if os.path.isfile(os.path.join(folder, _CONFIG)):
         return
-    base = adapter_base(folder)
+    base = _adapter_base(folder)
     if base is not None:
         raise ValueError(f"{folder} is an adapter of {base} and no model; give {base}.")
     inside = sorted(entry.path for entry in os.scandir(folder) if os.path.isfile(os.path.join(entry.path, _CONFIG)))
