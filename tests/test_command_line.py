@@ -11,6 +11,7 @@ import pytest
 
 from cluscomp_peft import __version__
 from cluscomp_peft.cli import main
+from tests import warm
 
 
 def run(*arguments: str, command: tuple[str, ...] = ("-m", "cluscomp_peft")) -> subprocess.CompletedProcess:
@@ -74,7 +75,7 @@ def test_a_pipe_that_is_closed_early_is_no_error_of_ours(compressed_dir):
         f"sys.exit(main(['inspect', {compressed_dir!r}]))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [warm.python(), "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     process.stdin.close()

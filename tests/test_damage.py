@@ -17,6 +17,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompQuantizationConfig
+from tests import warm
 from tests.conftest import config_for, tiny_llama
 from tests.damage import ADAPTERS, CHECKPOINTS, KINDS, base_of
 from tests.mixtures import tiny_mixture
@@ -64,8 +65,9 @@ class Worker:
 
     def __init__(self, root: Path, backend: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(backend == "triton"))}
+        python = sys.executable if backend == "triton" else warm.python()
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.damage", str(root), backend],
+            [python, "-W", "ignore", "-m", "tests.damage", str(root), backend],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

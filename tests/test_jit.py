@@ -3,12 +3,13 @@ without."""
 
 import re
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("numba")
@@ -18,6 +19,7 @@ OUTER = """
 import importlib.util
 from numba import types
 from .inner import inner
+from tests import warm
 
 # The module alone: importing the package takes seconds, and so would every test here.
 spec = importlib.util.spec_from_file_location("jit", {jit!r})
@@ -54,7 +56,11 @@ def compiling(tmp_path):
         if not inner.exists() or inner.read_text() != INNER.format(number=number):
             inner.write_text(INNER.format(number=number))
         done = subprocess.run(
-            [sys.executable, "-c", f"import tempfile, os, errno\n{before}\nfrom pair.outer import run\nprint(run())"],
+            [
+                warm.python("torch"),
+                "-c",
+                f"import tempfile, os, errno\n{before}\nfrom pair.outer import run\nprint(run())",
+            ],
             env={"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PATH": ""},
             capture_output=True,
             text=True,
@@ -109,7 +115,7 @@ def test_no_function_is_kept_by_numba_itself():
 
 def run_code(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [warm.python("torch"), "-c", code],
         env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import cluscomp_peft_plugin
 from cluscomp_peft import registration
+from tests import warm
 from tests.conftest import config_for, logits_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,21 +42,29 @@ def installed(tmp_path_factory) -> str:
     return str(folder / "packages")
 
 
-def run(installed: str, code: str) -> list[str]:
+def run(installed: str, code: str, python: str | None = None) -> list[str]:
     """Runs a program that never names this package, where the wheel is installed; returns the lines that it prints."""
     start = (
         "import site, sys\n"
         f"sys.path[:] = [{installed!r}, *(path for path in sys.path if path not in ('', {str(ROOT)!r}))]\n"
         f"site.addsitedir({installed!r})\n"  # as Python does at its start: reads the .pth file
-        "assert 'cluscomp_peft' not in sys.modules and 'torch' not in sys.modules\n"
+        "assert not {'cluscomp_peft', 'peft', 'transformers'} & set(sys.modules)\n"
     )
     end = f"\nimport cluscomp_peft\nassert cluscomp_peft.__file__.startswith({installed!r}), cluscomp_peft.__file__\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", start + code + end], capture_output=True, text=True, env=environment, timeout=300
+        [python or warm.python("torch"), "-c", start + code + end],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def test_waiting_imports_nothing(installed):
+    run(installed, "assert not {'torch', 'cluscomp_peft'} & set(sys.modules)", sys.executable)
 
 
 def test_from_pretrained_and_pipelines_know_the_format(installed, compressed_dir, tmp_path):
@@ -106,5 +115,5 @@ def test_a_package_that_cannot_be_imported_breaks_nobody_else():
         "assert len(said) == 1, said\n"
         "assert not [finder for finder in sys.meta_path if type(finder).__name__ == 'Waiting']\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([warm.python("torch"), "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

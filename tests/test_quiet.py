@@ -13,6 +13,7 @@ import warnings
 import pytest
 
 from cluscomp_peft import quiet
+from tests import warm
 from tests.conftest import WORDS, flags
 
 EXPECTED = re.compile(
@@ -30,7 +31,9 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_no_command_says_what_other_packages_say_to_themselves(tmp_path, dense_dir):
+# The warm one has imported torch, which says nothing; the slow case holds that.
+@pytest.mark.parametrize("python", ["warm", pytest.param("fresh", marks=pytest.mark.slow)])
+def test_no_command_says_what_other_packages_say_to_themselves(python, tmp_path, dense_dir):
     pytest.importorskip("trl")
     data, small, tuned, merged = (str(tmp_path / name) for name in ("text.jsonl", "small", "tuned", "merged"))
     with open(data, "w") as file:
@@ -47,7 +50,7 @@ def test_no_command_says_what_other_packages_say_to_themselves(tmp_path, dense_d
         ["plan", small],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    words = [sys.executable, "-c", RUN, json.dumps(commands)]
+    words = [warm.python("torch") if python == "warm" else sys.executable, "-c", RUN, json.dumps(commands)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     unexpected = [line for line in done.stderr.splitlines() if not EXPECTED.fullmatch(line)]

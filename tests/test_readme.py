@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDES = "README.md", "recipes/README.md"
@@ -31,7 +32,7 @@ def test_python_blocks_run(page, tmp_path, compressed_dir):
     shutil.copytree(compressed_dir, tmp_path / "small")  # what the README's first command makes
     script = tmp_path / "readme.py"
     script.write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([warm.python("torch"), script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

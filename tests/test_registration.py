@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import cluscomp_peft
 from cluscomp_peft import ClusCompConfig, ClusCompModel, ClusCompQuantizationConfig
+from tests import warm
 
 
 def test_the_type_is_a_full_member_of_the_enum():
@@ -83,15 +84,15 @@ REGISTERED = (
 )
 
 
-def fresh(code: str) -> None:
-    """Runs code in a process that has imported nothing."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def fresh(code: str, python: str | None = None) -> None:
+    """Runs code in a process that has imported neither PEFT nor transformers."""
+    done = subprocess.run([python or warm.python("torch"), "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_imports_neither_peft_nor_models():
     imports = "import sys, cluscomp_peft, cluscomp_peft.cli, cluscomp_peft.compress.stream.workers\n"
-    fresh(f"{imports}assert not [name for name in {HEAVY} if name in sys.modules]")
+    fresh(f"{imports}assert not [name for name in {HEAVY} if name in sys.modules]", sys.executable)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_system_without_file_locks_imports_and_loads(dense_dir, tmp_path):
         "print('loaded', flush=True)\n"
         f"sys.exit(main(['compress', {str(dense_dir)!r}, {str(tmp_path / 'out')!r}, '--bits', '4']))\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([warm.python("torch"), "-c", program], capture_output=True, text=True)
     assert "loaded" in run.stdout and run.returncode != 0
     assert "locks its folder with fcntl, which this system lacks" in run.stderr
     assert "Traceback" not in run.stderr

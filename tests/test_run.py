@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cluscomp_peft.run import main
+from tests import warm
 from tests.conftest import config_for, logits_of, train_briefly
 
 # A script of somebody who never heard of this package.
@@ -35,7 +36,7 @@ ECHO = "import json, sys\nprint(json.dumps([__name__, *sys.argv]))\nsys.exit(3)\
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "cluscomp_peft.run", *map(str, arguments)],
+        [warm.python("torch"), "-m", "cluscomp_peft.run", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

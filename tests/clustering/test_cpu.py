@@ -1,7 +1,6 @@
 """The CPU engine: its assignment is brute force up to six dimensions and close to it above, whatever the data."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from cluscomp_peft import kmeans
 
 pytest.importorskip("numba")
 from cluscomp_peft.clustering.cpu import assign
+from tests import warm
 
 pure = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -185,7 +185,7 @@ def test_large_inputs_take_the_fast_engine_and_small_ones_do_not_import_numba():
         "import sys, torch; from cluscomp_peft import kmeans\n"
         "print(kmeans(torch.randn(500, 4), 20)[2].engine, 'numba' in sys.modules, 'triton' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm.python("torch"), "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-3:-1] == ["torch", "False"]
     code = (
         "import sys; sys.modules['numba'] = None\n"
@@ -197,5 +197,5 @@ def test_large_inputs_take_the_fast_engine_and_small_ones_do_not_import_numba():
         "try: kmeans(vectors, 1000, engine='cpu')\n"
         "except ValueError as error: print('pip install numba' in str(error))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm.python("torch"), "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["torch", "True"]

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from cluscomp_peft.cli import main
 from cluscomp_peft.clustered_weight import clustered_weights
 from cluscomp_peft.compress.budget.coverage import coverage_line
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
+from tests import warm
 from tests.conftest import config_for
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -266,4 +266,4 @@ def test_a_weight_that_is_shared_counts_once():
 )
 def test_whatever_is_imported_first(first):
     """transformers imports the quantizer before it has any model: nothing beside it may need one to be imported."""
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", first], check=True, capture_output=True)
+    subprocess.run([warm.python("torch"), "-W", "error::UserWarning", "-c", first], check=True, capture_output=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from transformers.distributed import DistributedConfig
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
+from tests import warm
 from tests.conftest import logits_of, tiny_llama
 
 CODE = """
@@ -62,7 +62,7 @@ def test_two_processes_are_refused(compressed_dir):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", CODE, compressed_dir],
+            [warm.python(), "-c", CODE, compressed_dir],
             env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

@@ -1,6 +1,7 @@
 """`recipes/sft.py` on several processes, through the engines of `recipes/configs/accelerate`, over gloo.
 
 What a run on one process computes is the yardstick: the same losses at the same global batch, and the same adapter.
+The launcher and what it launches are forks of a process that has imported them; a slow test starts them as users do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests import warm
 from tests.conftest import RECIPES, WORDS, flags, logits_of
 
 CONFIGS = RECIPES / "configs" / "accelerate"
@@ -39,16 +41,18 @@ SLOW_TO_RESUME = ["ddp", "zero2", "zero3"]
 PATIENCE = 400
 
 
-def launch(script: Path, processes: int, config: Path | None, *arguments: str, **environment: str) -> subprocess.Popen:
+def launch(
+    script: Path, processes: int, config: Path | None, *arguments: str, python: str, **environment: str
+) -> subprocess.Popen:
     """`accelerate launch` of a script on the CPU; without a config, the script alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
-    command = [str(ON_CPU), str(script), *arguments]
+    command = [python, str(ON_CPU), str(script), *arguments]
     if config is not None:
-        start = ["accelerate.commands.launch", "--config_file", str(config)]
+        start = [python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         start += ["--num_processes", str(processes), "--main_process_port", "0"]
-        command = ["-m", *start, *command]
+        command = [*start, *(command[1:] if python == sys.executable else ["--no_python", *command])]
     return subprocess.Popen(
-        [sys.executable, *command],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -80,8 +84,8 @@ def ranks(folder: Path) -> list[dict]:
 class Runs:
     """Runs of the recipe on the same model and data; each is made once."""
 
-    def __init__(self, folder: Path, base: str) -> None:
-        self.folder, self.base = folder, base
+    def __init__(self, folder: Path, base: str, python: str | None = None) -> None:
+        self.folder, self.base, self.python = folder, base, python
         self.data = folder / "train.jsonl"
         texts = [" ".join(WORDS[3 + (i + j) % 8] for j in range(9 + i % 14)) for i in range(STEPS * BATCH)]
         self.data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -102,9 +106,9 @@ class Runs:
         }
         cache = str(self.folder / f"cache-{name}")
         script = Path(settings.pop("script", RECIPES / "sft.py"))
-        return launch(
-            script, processes, self.config(engine), *flags(**settings), HF_DATASETS_CACHE=cache, **environment
-        )
+        level = "deepspeed" if (engine or "").startswith("zero") else "trl"
+        environment.update(HF_DATASETS_CACHE=cache, python=self.python or warm.python(level))
+        return launch(script, processes, self.config(engine), *flags(**settings), **environment)
 
     def config(self, engine: str | None) -> Path | None:
         """The recipe's; for ZeRO-3 with a threshold of 0, above which the layers of a real model are and ours not.
@@ -171,6 +175,12 @@ def test_two_processes_train_as_one(runs, tokens, engine):
     pytest.importorskip("deepspeed") if engine.startswith("zero") else None
     alone = runs.run("alone", 1, None)
     check(runs, alone, runs.run(engine, 2, engine), tokens, engine, 2)
+
+
+@pytest.mark.slow
+def test_processes_that_import_for_themselves_train_as_one(tmp_path, compressed_dir, tokens):
+    runs = Runs(tmp_path, compressed_dir, sys.executable)
+    check(runs, runs.run("alone", 1, None), runs.run("ddp", 2, "ddp"), tokens, "ddp", 2)
 
 
 def check_dense_born(

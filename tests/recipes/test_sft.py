@@ -7,7 +7,6 @@ import lzma
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp_peft import ClusCompQuantizationConfig
+from tests import warm
 from tests.conftest import RECIPES, WORDS, flags, logged, logits_of
 
 RECIPE = str(RECIPES / "sft.py")
@@ -64,7 +64,7 @@ def test_a_dense_model_becomes_base_adapter_and_merged_model(tmp_path, dense_dir
         "--merge",
     ]
     done = subprocess.run(
-        [sys.executable, RECIPE, *arguments],
+        [warm.python("torch"), RECIPE, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from cluscomp_peft.upstream import deepspeed as room
+from tests import warm
 from tests.upstream.contract import contract
 
 PROGRAM = """
@@ -37,7 +37,7 @@ def partitioned(tmp_path_factory) -> dict:
     out = str(tmp_path_factory.mktemp("zero") / "facts.json")
     process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, out], capture_output=True, text=True, env={**os.environ, **process}
+        [warm.python("deepspeed"), "-c", PROGRAM, out], capture_output=True, text=True, env={**os.environ, **process}
     )
     if done.returncode:
         return {"error": done.stderr}

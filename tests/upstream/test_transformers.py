@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -37,6 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp_peft.upstream import transformers as room
 from cluscomp_peft.upstream import transformers_experts as experts_room
 from cluscomp_peft.upstream.accelerate import offload_hook
+from tests import warm
 from tests.conftest import tiny_llama
 from tests.mixtures import tiny_mixture
 from tests.upstream.contract import contract
@@ -171,7 +171,7 @@ def test_the_registry_is_imported_before_the_first_model():
         f"import {room.FORMATS} as formats\n"
         "assert formats.register_quantizer and formats.register_quantization_config\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([warm.python("torch"), "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from cluscomp_peft.compress.stream import workers as module
 from cluscomp_peft.compress.stream.workers import visible_devices
+from tests import warm
 from tests.conftest import tiny_llama
 
 TIMED = {"cluscomp_report.json", "report.html", "README.md"}
@@ -123,7 +125,16 @@ def shards_done(target: Path) -> int:
     return len(journal["content"].get("done", {}))
 
 
-def test_the_bytes_are_those_of_one_process(dense, alone, tmp_path):
+@pytest.fixture
+def warm_workers():
+    """Workers that have imported the libraries already."""
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(warm.python())
+    yield
+    multiprocessing.set_executable(before)
+
+
+def test_the_bytes_are_those_of_one_process(dense, alone, tmp_path, warm_workers):
     target = str(tmp_path / "out")
     summary = compress_checkpoint(dense, target, quick_config(), workers=3)
     assert contents(target) == contents(alone)
@@ -195,7 +206,7 @@ def test_workers_do_not_outlive_the_run(how, slow, tmp_path):
     assert shards_done(target) >= 1
 
 
-def test_what_a_worker_finds_wrong_is_said_as_by_one_process(dense, tmp_path):
+def test_what_a_worker_finds_wrong_is_said_as_by_one_process(dense, tmp_path, warm_workers):
     source = tmp_path / "broken"
     source.mkdir()
     for name in os.listdir(dense):

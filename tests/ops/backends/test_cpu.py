@@ -1,7 +1,6 @@
 """The compiled CPU kernels against the reference: odd shapes, every width of codes, and the ways back to it."""
 
 import subprocess
-import sys
 import threading
 import weakref
 
@@ -18,6 +17,7 @@ from cluscomp_peft import ops
 from cluscomp_peft.codes import code_bits, num_groups, pack, unpack
 from cluscomp_peft.ops.backends import cpu, reference
 from cluscomp_peft.ops.backends.cpu import arguments, threads
+from tests import warm
 
 pytest.importorskip("numba")
 
@@ -359,5 +359,5 @@ def test_numba_is_imported_by_the_first_large_matrix_and_may_be_absent():
         "sys.modules['numba'] = None\n"
         "assert run(256).eq(256).all()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([warm.python("torch"), "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,11 @@ def enable() -> None:
     if _asked("FSDP"):
         AcceleratorState.__init__ = _init_with_fsdp
     if _asked("DEEPSPEED"):
+        import deepspeed
+
         PartialState._prepare_backend = _prepare_gloo
+        # Reductions in shared memory, for processes on CPUs alone: a minute to compile, and nothing of ours.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def report(trainer: Any, folder: str) -> None:
