@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         help="text to compress by: a .jsonl or .txt file, also .xz; builtin, the text that comes with this package; "
         "or none, which is faster and loses more (default: builtin, where the model continues text)",
     )
+    compress.add_argument(
+        "--eval",
+        metavar="TEXT",
+        help="text to measure the dense and the compressed model on in the end, block by block, at most 65,536 tokens "
+        "of it; none that the model is calibrated by (default: the end of the calibration text)",
+    )
     compress.add_argument("--samples", type=int, help="calibration sequences (default 128)")
     compress.add_argument(
         "--seqlen",

@@ -44,6 +44,7 @@ def compress(options: argparse.Namespace) -> None:
         config,
         size=options.size,
         calibration=options.calibration,
+        evaluate=options.eval,
         device=options.device,
         dtype=options.dtype,
         overwrite=options.overwrite,

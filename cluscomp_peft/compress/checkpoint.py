@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -36,13 +36,15 @@ from .architecture import (
 )
 from .calibration.blocks import BlockModel
 from .calibration.errors import CannotCalibrate
-from .calibration.text import AUTO, BUILTIN, NONE, calibration_windows
+from .calibration.text import AUTO, BUILTIN, NONE, calibration_windows, evaluation_windows
 from .matrix.block import BlockSettings
 from .policy import Policy
 from .report.card import license_of, model_card
 from .report.page import render_report
 from .report.record import PAGE_NAME, REPORT_NAME
+from .report.settings import settings_of, true_bits_of
 from .specs import specs_of_run
+from .stream.evaluated import MOST_TOKENS, HeldOut
 from .stream.folder import (
     at_work,
     check_target,
@@ -87,6 +89,7 @@ def compress_checkpoint(
     feedback: bool = True,
     epochs: int | None = None,
     learning_rate: float = 0.003,
+    evaluate: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
     overwrite: bool = False,
@@ -113,6 +116,9 @@ def compress_checkpoint(
         epochs (`int`, *optional*): Of reconstruction, 0 for none. 8, but none with the built-in text: on a CPU they
             take longer than all the rest.
         learning_rate (`float`): Of reconstruction, in units of the RMS of what it trains.
+        evaluate (`str`, *optional*): Text to measure the loss of the dense and the compressed model on in the end,
+            block by block: a file or hub id, see [`read_documents`], of which at most 65,536 tokens are taken. It
+            must not be the calibration text.
         dtype (`str`): Of everything that stays dense; "auto" keeps the checkpoint's.
         device (`str`, *optional*): Where blocks run and matrices are clustered: "cpu", "cuda", "cuda:1"; a GPU if
             there is one.
@@ -123,7 +129,7 @@ def compress_checkpoint(
 
     Returns:
         `dict`: true_bits and relative_error of the linear layers, embedding_bits (None where embeddings stay dense),
-            bytes, seconds, matrices, losses, and more that the report holds.
+            bytes, seconds, matrices, losses, evaluation, and more that the report holds.
 
     Raises:
         ValueError: If `target` exists, `source` is compressed already, another run is at work, or model, text and
@@ -159,12 +165,21 @@ def compress_checkpoint(
         try:
             refuse_calibration(model, source)
             windows = calibration_windows(model, tokenizer, source, text, samples, seqlen)
-            given = Calibration(windows, _blocks(model, dense, kept, devices[0], windows))
+            given = Calibration(windows, _blocks(model, dense, kept, devices[0], windows.split(1)))
         except CannotCalibrate as error:
             if calibration != AUTO:
                 raise
             reason = error.reason
     _check_workers(workers, calibrated=given is not None)
+    held_out = None
+    if evaluate is not None:
+
+        def blocks(windows: list[torch.Tensor]) -> BlockModel:
+            own = None if given is None else given.blocks
+            return own or _blocks(model, dense, kept, devices[0], windows)
+
+        calibrated = None if given is None else text
+        held_out = _held_out(evaluate, calibrated, model, tokenizer, source, blocks)
 
     target = os.path.abspath(target)
     job = {
@@ -195,6 +210,7 @@ def compress_checkpoint(
             dtype=kept,
             devices=devices,
             calibration=given,
+            held_out=held_out,
             workers=workers,
         )
         dense.refuse_changes()
@@ -206,8 +222,8 @@ def compress_checkpoint(
             "source": source,
             "bits": policy.bits if size is None else None,
             "size": size,
-            "true_bits": _true_bits(linear),
-            "embedding_bits": _true_bits([result["matrices"][name] for name in embeddings]),
+            "true_bits": true_bits_of(linear),
+            "embedding_bits": true_bits_of([result["matrices"][name] for name in embeddings]),
             "relative_error": (sum(one for one, _ in squares) / max(sum(two for _, two in squares), 1e-30)) ** 0.5,
             "bytes": weight_bytes(work),
             "clustered_bytes": sum(entry["bytes"] for entry in result["matrices"].values()),
@@ -218,9 +234,10 @@ def compress_checkpoint(
             "not_calibrated": reason,
             "sequences": None if given is None else given.windows.shape[0],
             "tokens": None if given is None else given.windows.numel(),
+            "evaluation": result["evaluation"],
             "dtype": dtype,
             "coverage": policy.coverage(model, specs),
-            "settings": _settings(config, size, None if given is None else text, given, feedback, epochs, dtype),
+            "settings": settings_of(policy, dtype, None if given is None else text, given, feedback, epochs, evaluate),
             "versions": {
                 "cluscomp_peft": __version__,
                 "torch": torch.__version__,
@@ -240,36 +257,6 @@ def compress_checkpoint(
         "matrices": len(result["matrices"]),
         "losses": result["losses"],
     }
-
-
-def _true_bits(matrices: list[dict[str, Any]]) -> float | None:
-    weights = sum(math.prod(entry["shape"]) for entry in matrices)
-    return 8 * sum(entry["bytes"] for entry in matrices) / weights if weights else None
-
-
-def _settings(
-    config: QuantizationConfig,
-    size: int | None,
-    text: str | None,
-    given: Calibration | None,
-    feedback: bool,
-    epochs: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """What makes this checkpoint again, by the names of the command's flags."""
-    policy = config.policy
-    settings = {
-        "bits": policy.bits if size is None else None,
-        "size": size,
-        **{name: getattr(policy, name) for name in ("group_size", "num_clusters", "scales", "embeddings")},
-        **{name: getattr(policy, name) for name in ("codebook_dtype", "quality", "seed")},
-        "dtype": dtype,
-        "calibration": text or NONE,
-    }
-    if given is not None:
-        samples, seqlen = given.windows.shape
-        settings |= {"samples": samples, "seqlen": seqlen, "feedback": feedback, "epochs": epochs}
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _finish(
@@ -307,14 +294,32 @@ def _finish(
 
 
 def _blocks(
-    model: Any, dense: DenseCheckpoint, dtype: torch.dtype, device: torch.device, windows: torch.Tensor
+    model: Any, dense: DenseCheckpoint, dtype: torch.dtype, device: torch.device, windows: Sequence[torch.Tensor]
 ) -> BlockModel:
-    """The dense model block by block; two sequences have shown that it can be taken apart."""
+    """The dense model block by block; two sequences [1, length] have shown that it can be taken apart."""
     blocks = BlockModel(model, dense, _dtype_on(device, dtype), device)
     with torch.no_grad():
-        for sequence in windows[[0, -1]]:
-            blocks.stem(sequence[None])
+        for sequence in (windows[0], windows[-1]):
+            blocks.stem(sequence)
     return blocks
+
+
+def _held_out(path: str, calibrated: str | None, model: Any, tokenizer: Any, source: str, blocks: Any) -> HeldOut:
+    """The text to measure the models on in the end.
+
+    Raises:
+        ValueError: If it is the calibration text, or the model cannot be measured on text block by block.
+    """
+    if calibrated is not None and os.path.abspath(path) == os.path.abspath(calibrated):
+        raise ValueError(
+            f"{path} is the calibration text, so the loss on it would look better than it is; give another --eval."
+        )
+    try:
+        refuse_calibration(model, source)
+        windows = evaluation_windows(model, tokenizer, source, path, MOST_TOKENS)
+        return HeldOut(os.path.basename(path), windows, blocks(windows))
+    except CannotCalibrate as error:
+        raise ValueError(f"--eval {path} cannot be measured: {error.reason}; leave it out.") from error
 
 
 def _dtype_on(device: torch.device, stored: torch.dtype) -> torch.dtype:

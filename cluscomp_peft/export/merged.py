@@ -129,6 +129,7 @@ def write_merged(
             true_bits=true_bits(model),
             bytes=weight_bytes(folder),
             clustered_bytes=sum(entry["bytes"] for entry in matrices.values()),
+            evaluation=None,
             **notes,
         )
         # What was measured of blocks and losses was measured before.

@@ -69,7 +69,7 @@ class BlockModel:
         self.prefix, self.blocks = found
         self.model, self.source, self.dtype, self.device = model.eval(), source, dtype, device
         self._refuse_shared_blocks()
-        self._calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in self.blocks]
+        self._calls: list[dict[torch.Size, tuple[tuple, dict]]] = [{} for _ in self.blocks]  # by [batch, length]
         self._parts = 0  # of the tuple that blocks return, the first of which is their output; 0: the output itself
         self._outside()
 
@@ -181,7 +181,6 @@ class BlockModel:
     def _first_input(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What the first block is given; None if the others are not given what the one before them returned."""
         seen: list[torch.Tensor] = []
-        batch = len(tokens)
 
         def note(index: int, args: tuple, kwargs: dict) -> Any:
             values = args[0] if args else kwargs.pop("hidden_states")
@@ -189,7 +188,7 @@ class BlockModel:
                 raise _Unlike
             seen.append(values)
             call = (args[1:], kwargs)
-            known = self._calls[index].setdefault(batch, call)
+            known = self._calls[index].setdefault(tokens.shape, call)
             if not _equal(known, call):
                 raise CannotCalibrate(
                     f"blocks of {type(self.model).__name__} take arguments that depend on the text, which calibration "
@@ -232,7 +231,7 @@ class BlockModel:
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of block `index`, which is loaded, for its input `hidden`."""
-        args, kwargs = self._calls[index][len(hidden)]
+        args, kwargs = self._calls[index][hidden.shape[:2]]
         output = self.blocks[index](hidden, *args, **kwargs)
         self._parts = len(output) if isinstance(output, tuple) else 0
         return output[0] if isinstance(output, tuple) else output

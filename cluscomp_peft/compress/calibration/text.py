@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 
 from .errors import CannotCalibrate
 
-__all__ = ["AUTO", "BUILTIN", "NONE", "calibration_windows", "read_documents", "token_windows"]
+__all__ = ["AUTO", "BUILTIN", "NONE", "calibration_windows", "evaluation_windows", "read_documents", "token_windows"]
 
 AUTO, BUILTIN, NONE = "auto", "builtin", "none"  # what may stand in the place of a file
 
@@ -31,6 +31,7 @@ _SUFFIXES = (*_ROWS, ".txt", ".xz")
 _TAKES_PARTS = re.compile(r"\bin\s+[\w.\[\]'\"]*\bcontent\b")  # a template that goes through parts by itself
 _HUB_CHARACTERS = 20_000_000  # of a hub data set: ten times what 128 sequences of 2048 tokens take
 _UNPACKED = 64  # times its own bytes, which is ten times what xz makes of text: more is no text
+_LENGTH = 2048  # tokens of a window, where the model takes as many
 _BUILTIN_LENGTH = 512  # tokens of a window: most of its documents are shorter
 _MOST_UNKNOWN = 0.2  # of the tokens
 _ANYWAY = 1 << 24  # characters that every compressed file may unpack to
@@ -138,7 +139,7 @@ def calibration_windows(
     if samples < 1:
         raise ValueError(f"calibration needs at least one sample, got {samples}.")
     limit = getattr(model.config, "max_position_embeddings", None)
-    usual = _BUILTIN_LENGTH if path == BUILTIN else 2048
+    usual = _BUILTIN_LENGTH if path == BUILTIN else _LENGTH
     length = min(usual, limit or usual) if seqlen is None else seqlen
     if limit is not None and length > limit:
         raise ValueError(f"--seqlen {length} is more than the {limit} positions of the model; give at most {limit}.")
@@ -158,6 +159,25 @@ def calibration_windows(
     if unknown > _MOST_UNKNOWN:
         raise CannotCalibrate(f"the tokenizer of {source} does not know {100 * unknown:.0f} % of the text")
     return tokens
+
+
+def evaluation_windows(model: Any, tokenizer: Any, source: str, path: str, most: int) -> list[torch.Tensor]:
+    """Windows [1, length] to measure a model on, those that `cluscomp evaluate --max-tokens MOST` cuts.
+
+    Args:
+        model, tokenizer, source, path: As for [`calibration_windows`].
+        most (`int`): Tokens to take.
+
+    Raises:
+        CannotCalibrate: If there is no tokenizer.
+        ValueError: If the text cannot be read, or has a token that the model does not know.
+    """
+    if tokenizer is None:
+        raise CannotCalibrate(f"{source} has no tokenizer, so text cannot be read")
+    length = min(_LENGTH, getattr(model.config, "max_position_embeddings", None) or _LENGTH)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    documents = read_documents(path, tokenizer)
+    return token_windows(documents, tokenizer, length, max_tokens=most, vocab_size=vocabulary)
 
 
 def _lines(file: IO[str], path: str) -> Iterator[str]:

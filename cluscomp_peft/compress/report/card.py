@@ -57,11 +57,13 @@ def model_card(
         licence (`str`, *optional*): Of the dense model.
     """
     calibration = summary["calibration"] or "none"
-    measured = "no task was measured"
-    if losses:
+    measured, evaluation = "no task was measured", summary.get("evaluation")
+    text = evaluation["text"] if evaluation else "held-out calibration text"
+    found = evaluation or losses
+    if found:
         measured = (
-            f"on held-out calibration text, the loss is {losses['compressed']:.4f} nats per token, that of the dense "
-            f"model {losses['dense']:.4f}; no task was measured"
+            f"on {text}, the loss is {found['compressed']:.4f} nats per token, that of the dense model "
+            f"{found['dense']:.4f}; no task was measured"
         )
     text = f"""# {name}
 

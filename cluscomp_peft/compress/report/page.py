@@ -166,7 +166,10 @@ def _matrices(entries: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _verdict(summary: Mapping[str, Any], losses: Mapping[str, float], title: str) -> str:
     """What the model lost, or that nobody measured it."""
-    lines, warnings = judge(losses, title, summary.get("source") or "DENSE", summary.get("not_calibrated"))
+    numbers, name = numbers_of(summary.get("evaluation")), _mapping(summary.get("evaluation")).get("text")
+    evaluation = {**numbers, "text": name} if numbers.keys() >= {"dense", "compressed", "tokens"} else None
+    source, reason = summary.get("source") or "DENSE", summary.get("not_calibrated")
+    lines, warnings = judge(losses, title, source, reason, evaluation)
     said = [("lead", line) for line in lines] + [("lead" if not lines else "warn", line) for line in warnings]
     paragraphs = "".join(f'<p class="{style}">{text(line)}</p>' for style, line in said)
     return f'<div class="verdict{" bad" if warnings else ""}">{paragraphs}</div>'

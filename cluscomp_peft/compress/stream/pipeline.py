@@ -5,6 +5,7 @@
     with calibration       measure      sensitivities, one pass forward and one back            (only to allocate bits)
                            per block    targets of the dense block → clustering with error feedback → reconstruction
                                         → shard, activations at the next boundary, journal      (`calibrated`, `block`)
+    with a held-out text   in the end   both models, a block of each at a time                  (`evaluated`)
 
 A run that was killed, or ended by an error, continues with the first shard that the journal does not name. Its bytes
 are those of a run that was never disturbed: every step depends on settings, weights and stored activations alone.
@@ -25,6 +26,7 @@ from ..budget.embeddings import head_owner
 from ..calibration.head import head_moments
 from ..matrix.block import BlockSettings
 from .calibrated import CalibratedBlocks, Calibration
+from .evaluated import HeldOut, measure_losses
 from .journal import Journal
 from .shards import TOGETHER, Job, compress_shard, read_matrices, small_memory, trim_memory, write_shard
 from .source import DenseCheckpoint
@@ -48,6 +50,7 @@ def compress_shards(
     dtype: torch.dtype,
     devices: list[torch.device],
     calibration: Calibration | None = None,
+    held_out: HeldOut | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Writes every tensor of the source, clustered where `specs` says so, as shards into the journal's folder.
@@ -62,11 +65,12 @@ def compress_shards(
         devices (`list[torch.device]`): Where matrices are clustered that are clustered by themselves; worker i takes
             the i-th, counted round.
         calibration ([`Calibration`], *optional*): Compress block by block on these tokens.
+        held_out ([`HeldOut`], *optional*): Text to measure the dense and the compressed model on in the end.
         workers (`int`): Processes, without calibration.
 
     Returns:
-        `dict`: shards (file name → keys with bytes), matrices, fingerprints, blocks, losses, seconds, and memory, the
-        bytes that workers held at most.
+        `dict`: shards (file name → keys with bytes), matrices, fingerprints, blocks, losses, evaluation (see
+        [`measure_losses`]; None without `held_out`), seconds, and memory, the bytes that workers held at most.
 
     Raises:
         ValueError: If the checkpoint lacks weights, or a weight cannot be clustered.
@@ -113,10 +117,12 @@ def compress_shards(
     if blocks is not None:
         assert calibration is not None
         # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
-        held_out = len(calibration.fitted) < len(calibration.batches)
-        journal.commit(losses=blocks.losses() if held_out else {})
+        unseen = len(calibration.fitted) < len(calibration.batches)
+        journal.commit(losses=blocks.losses() if unseen else {})
+    evaluation = None if held_out is None else measure_losses(held_out, shards, journal)
     reports = journal.content["done"]
-    return {**_collected({shard.file: reports[shard.file] for shard in shards}, journal), "memory": memory}
+    collected = _collected({shard.file: reports[shard.file] for shard in shards}, journal)
+    return {**collected, "evaluation": evaluation, "memory": memory}
 
 
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:

@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
 from ... import ops
 from ...linear import ClusteredLinear
 from ..matrix.block import BlockSettings, cluster_for_inputs
+from .headers import read_header, weight_files
 from .journal import save_tensors
 from .source import PARTS, DenseCheckpoint
 from .split import Matrix, Shard, read_matrix
@@ -153,15 +154,19 @@ def write_shard(
 
 
 def read_matrices(shards: Sequence[Shard], folder: str) -> dict[str, ClusteredLinear]:
-    """The clustered matrices of shards that are written, by layer."""
+    """The clustered matrices of shards that are written, by layer, without their biases; also where a run that was
+    killed at its very end has joined shards already."""
     found = {}
+    places = {key: path for path in weight_files(folder) for key in read_header(path)}
     for shard in shards:
-        tensors = load_file(os.path.join(folder, shard.file))
         for matrix in shard.matrices:
             base = matrix.key.removesuffix(".weight")
-            codes, codebook = tensors[f"{base}.codes"], tensors[f"{base}.codebook"]
-            scales = tensors.get(f"{base}.scale_in"), tensors.get(f"{base}.scale_out")
-            found[matrix.name] = ClusteredLinear.from_parts(codes, codebook, *scales, None, matrix.shape[0])
+            parts = [f"{base}.{part}" for part in PARTS]
+            with safe_open(places[parts[0]], framework="pt") as file:
+                codes, codebook = (file.get_tensor(part) for part in parts[:2])
+                scale_in, scale_out = (file.get_tensor(part) if part in places else None for part in parts[2:])
+            out_features = matrix.shape[0]
+            found[matrix.name] = ClusteredLinear.from_parts(codes, codebook, scale_in, scale_out, None, out_features)
     return found
 
 

@@ -32,3 +32,14 @@ def test_what_was_not_measured():
     assert len(lines) == 1
     assert warnings[0].endswith("cluscomp evaluate out --teacher dense --data TEXT")
     assert warnings[1].endswith("which loses more: the tokenizer is missing.")
+
+
+def test_the_text_of_the_user_judges():
+    evaluation = {"text": "mine.txt", "tokens": 100, "dense": 1.0, "compressed": 1.01 + A_LOT}
+    lines, warnings = verdict({**SUMMARY, "evaluation": evaluation}, {"dense": 2.0, "compressed": 2.1}, "out")
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        "loss on mine.txt (100 tokens)",
+        "loss on held-out calibration text",
+    ]
+    assert warnings[0].startswith("The model lost 0.31 nats")
+    assert len(verdict({**SUMMARY, "evaluation": evaluation}, {}, "out")[1]) == 1
