@@ -81,6 +81,7 @@ class Conversation:
         temperature (`float`, *optional*): Of sampling; 0 takes the likeliest token each time. By default what the
             model's generation settings say.
         seed (`int`, *optional*): Of sampling.
+        printed (`bool`): Print answers to standard output while they are generated.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Conversation:
         max_new_tokens: int = 512,
         temperature: float | None = None,
         seed: int | None = None,
+        printed: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.templated = bool(tokenizer.chat_template)
@@ -103,6 +105,7 @@ class Conversation:
             raise ValueError("--system needs a chat template, and this tokenizer has none; leave it out.")
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.turns = list(self._start)
+        self.printed = printed
         self._sampling: dict[str, Any] = {}
         if temperature is not None:
             sampled = {"do_sample": True, "temperature": temperature}
@@ -116,7 +119,7 @@ class Conversation:
         self.turns = list(self._start)
 
     def answer(self, question: str) -> str:
-        """The model's answer, printed to standard output while it is generated; Ctrl-C ends it early.
+        """The model's answer; Ctrl-C ends it early.
 
         Raises:
             ValueError: If the conversation has become too long for the model.
@@ -131,6 +134,7 @@ class Conversation:
                 f"the conversation has {length} tokens and the model takes {limit}; /clear makes it forget."
             )
         streamer = _Kept(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.printed = self.printed
         padding = self.tokenizer.pad_token_id
         padding = self.tokenizer.eos_token_id if padding is None else padding
         try:
@@ -154,8 +158,9 @@ class Conversation:
 class _Kept(TextStreamer):
     """Prints text as it comes, and keeps it."""
 
-    text = ""
+    text, printed = "", True
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
-        super().on_finalized_text(text, stream_end)
+        if self.printed:
+            super().on_finalized_text(text, stream_end)

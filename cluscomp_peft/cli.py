@@ -199,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, help="of sampling")
     chat.add_argument("--dtype", default="auto", choices=_DTYPES, help="dtype to compute in")
     chat.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    chat.add_argument("--json", action="store_true", help="one JSON object instead of text, for --prompt")
     chat.set_defaults(run=commands.chat)
 
     export = subparsers.add_parser("export", help="write a compressed model down for engines that know no codes")
@@ -209,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", metavar="DIR", help="adapter to merge on the way")
     export.add_argument("--dtype", choices=_DTYPES, help="dense: of the weights (default: the model's)")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
+    export.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     export.set_defaults(run=commands.export)
 
     plan = subparsers.add_parser("plan", help="say what a model needs in memory, and which settings fit")

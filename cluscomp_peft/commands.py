@@ -197,9 +197,12 @@ def merge(options: argparse.Namespace) -> None:
 def chat(options: argparse.Namespace) -> None:
     from .chat import Conversation, load, questions
 
+    if options.json and options.prompt is None:
+        raise ValueError("--json is the answer to one question; give it with --prompt.")
     model, tokenizer = load(options.path, options.adapter, options.dtype, options.device)
     names = ("system", "max_new_tokens", "temperature", "seed")
-    conversation = Conversation(model, tokenizer, **{name: getattr(options, name) for name in names})
+    chosen = {name: getattr(options, name) for name in names}
+    conversation = Conversation(model, tokenizer, **chosen, printed=not options.json)
     if not conversation.templated:
         print(
             f"{printable(options.path)} has no chat template: it continues each line instead of answering.",
@@ -208,8 +211,11 @@ def chat(options: argparse.Namespace) -> None:
     for question in questions(options.prompt):
         if question == "/clear":
             conversation.clear()
-        else:
-            conversation.answer(question)
+            continue
+        answer = conversation.answer(question)
+        if options.json:
+            named = {"model": options.path, "adapter": options.adapter, **chosen}
+            print(json.dumps({**named, "prompt": question, "answer": answer}))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -224,6 +230,9 @@ def export(options: argparse.Namespace) -> None:
     summary = export_dense(
         options.path, options.target, adapter=options.adapter, dtype=dtype, overwrite=options.overwrite
     )
+    if options.json:
+        print(json.dumps({"folder": options.target, **summary}))
+        return
     print(
         f"{options.target}: {summary['matrices']} matrices decoded to {summary['dtype']}, "
         f"{summary['bytes'] / 1e6:.1f} MB of weight files, {summary['seconds']:.1f} s"
@@ -243,6 +252,9 @@ def _export_gguf(options: argparse.Namespace) -> None:
     summary = export_gguf(
         options.path, options.target, kind=kind, adapter=options.adapter, overwrite=options.overwrite
     )
+    if options.json:
+        print(json.dumps({"file": options.target, "type": kind, **summary}))
+        return
     print(
         f"{options.target}: {summary['tensors']} tensors as {kind}, {summary['bytes'] / 1e6:.1f} MB, "
         f"{summary['seconds']:.1f} s"

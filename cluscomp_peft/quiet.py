@@ -7,12 +7,16 @@ arguments, pass.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
-__all__ = ["hide_bars", "hush", "watched"]
+__all__ = ["hide_bars", "hush", "one_object", "watched"]
 
 _OTHERS = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "kernels", "peft", "torch", "transformers", "trl")
 # DeepSpeed prints to standard output that it found no GPU as soon as a trainer imports it.
@@ -46,6 +50,20 @@ def hide_bars() -> None:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
+
+
+@contextmanager
+def one_object(wanted: bool = True) -> Iterator[dict[str, Any]]:
+    """Where it is `wanted`, standard output is one line of JSON: what is put into the dictionary that this yields. It
+    is printed in the end, if there is anything and no error; what others print meanwhile goes to standard error."""
+    result: dict[str, Any] = {}
+    if not wanted:
+        yield result
+        return
+    with redirect_stdout(sys.stderr):
+        yield result
+    if result:
+        print(json.dumps(result), flush=True)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

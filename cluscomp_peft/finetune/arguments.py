@@ -49,6 +49,9 @@ class Arguments:
     target_modules: list[str] | None = field(default=None, metadata={"help": "Layers to train (default: all)."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train whole."})
     merge: bool = field(default=False, metadata={"help": "Also write base + adapter as a model of its own."})
+    json: bool = field(
+        default=False, metadata={"help": "One JSON object on standard output; the trainer's lines go to the other."}
+    )
 
     def adapter_config(self) -> ClusCompConfig:
         """The adapter that these arguments ask for."""

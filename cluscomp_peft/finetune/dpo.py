@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig, DPOTrainer
 
+from ..quiet import one_object
 from .arguments import RunsAnywhere, parse
 from .base import load_base
 from .data import load_splits
@@ -42,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: If model, data and settings do not fit.
     """
     script, training = parse("dpo", DPOArguments, arguments)
-    train, test = load_splits(script)
-    for data in filter(None, (train, test)):
-        # TRL also reads pairs without a prompt, and takes what they have in common for it.
-        if any(name not in data.column_names for name in _COLUMNS[1:]):
-            raise ValueError(
-                f"{script.dataset_name} has the columns {', '.join(data.column_names)}; DPO needs "
-                f"{', '.join(_COLUMNS)}. Rename what holds them; for texts without preferences use sft."
-            )
-    base = load_base(script, training.output_dir, conversations=isinstance(train[0]["chosen"], list))
-    train_and_save(DPOTrainer, script, training, base, train, test)
+    with one_object(script.json) as result:
+        train, test = load_splits(script)
+        for data in filter(None, (train, test)):
+            # TRL also reads pairs without a prompt, and takes what they have in common for it.
+            if any(name not in data.column_names for name in _COLUMNS[1:]):
+                raise ValueError(
+                    f"{script.dataset_name} has the columns {', '.join(data.column_names)}; DPO needs "
+                    f"{', '.join(_COLUMNS)}. Rename what holds them; for texts without preferences use sft."
+                )
+        base = load_base(script, training.output_dir, conversations=isinstance(train[0]["chosen"], list))
+        result.update(train_and_save(DPOTrainer, script, training, base, train, test))

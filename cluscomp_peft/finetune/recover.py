@@ -37,13 +37,14 @@ from ..compress.recovery import CachedTeacher, RecoveryTrainer, cache_teacher_lo
 from ..compress.stream.headers import check_folder
 from ..export.merged import write_merged
 from ..hf.evaluate import true_bits
-from ..quiet import watched
+from ..quiet import one_object, watched
 from ..tuner.config import ClusCompConfig
 from ..usage import Parser, with_names
 
 __all__ = ["main"]
 
 SETTINGS_NAME = "recovery.json"
+_FREE = ("output_dir", "cache_teacher", "resume", "json")  # may be others when a run goes on
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If models, text and settings do not fit, or nothing was recovered.
     """
-    _recover(_parse(arguments))
+    options = _parse(arguments)
+    with one_object(options.json) as result:
+        result.update(_recover(options))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,11 +89,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, all else elsewhere")
     words = None if arguments is None else with_names(arguments, "--model", "--output_dir")
     return parser.parse_args(words)
 
 
-def _recover(options: argparse.Namespace) -> None:
+def _recover(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the report holds of the run and the folder, in the first process; nothing in others."""
     started = time.perf_counter()
     parent, name = os.path.split(os.path.abspath(options.output_dir))
     work = os.path.join(parent, f".{name}.recovery")
@@ -149,11 +154,13 @@ def _recover(options: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         _save(model.merge_and_unload(safe_merge=True), tokenizer, options, work, notes)
         print(f"{options.output_dir}: recovered in {notes['seconds']:.0f} s, best at step {notes['best_step']}")
+        return {"folder": options.output_dir, **notes}
+    return {}
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What makes a run, and has to be the same when it goes on."""
-    return {key: value for key, value in vars(options).items() if key not in ("output_dir", "cache_teacher", "resume")}
+    return {key: value for key, value in vars(options).items() if key not in _FREE}
 
 
 def _check(options: argparse.Namespace, work: str) -> None:

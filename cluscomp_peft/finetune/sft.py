@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
+from ..quiet import one_object
 from .arguments import RunsAnywhere, parse
 from .base import load_base
 from .data import load_splits
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: If model, data and settings do not fit.
     """
     script, training = parse("sft", SFTArguments, arguments)
-    train, test = load_splits(script)
-    base = load_base(script, training.output_dir, conversations="messages" in train.column_names)
-    train_and_save(SFTTrainer, script, training, base, train, test)
+    with one_object(script.json) as result:
+        train, test = load_splits(script)
+        base = load_base(script, training.output_dir, conversations="messages" in train.column_names)
+        result.update(train_and_save(SFTTrainer, script, training, base, train, test))

@@ -59,7 +59,7 @@ class ExplosionWarning(TrainerCallback):
 
 def train_and_save(
     kind: Any, script: Arguments, settings: Any, base: Base, train: Dataset, test: Dataset | None
-) -> None:
+) -> dict[str, Any]:
     """Trains, writes the adapter, the losses and, with `--merge`, the merged model, and says where they are.
 
     Args:
@@ -68,6 +68,11 @@ def train_and_save(
         settings: Arguments of the trainer.
         base ([`Base`]): What the adapter is trained on.
         train, test: Data to train on and, if any, to evaluate on.
+
+    Returns:
+        `dict`: adapter, base and merged (folders; merged is None without `--merge`), true_bits of the base and
+        merged_bits (of the model that merging makes), trained (numbers), steps, and what the trainer measured:
+        train_loss, eval_loss (None where nothing was evaluated), seconds. Empty in all processes but the first.
     """
     trainer = kind(
         model=base.model,
@@ -77,9 +82,10 @@ def train_and_save(
         processing_class=base.tokenizer,
         peft_config=script.adapter_config(),
     )
-    folder = settings.output_dir
+    folder, merged_dir, after, trained = settings.output_dir, None, base.bits, 0
     if trainer.accelerator.is_main_process:
         trainer.model.print_trainable_parameters()
+        trained = trainer.model.get_nb_trainable_parameters()[0]
         after = true_bits(trainer.accelerator.unwrap_model(trainer.model))
         if after > base.bits + _MORE:
             print(
@@ -87,7 +93,7 @@ def train_and_save(
                 "--rank, or --num_blocks 1 adds none"
             )
         trainer.add_callback(ExplosionWarning())
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     trainer.save_model(folder)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
@@ -100,6 +106,21 @@ def train_and_save(
         done.append(f"merged in {merged_dir} at {true_bits(merged):.3f} true bits per weight")
     trainer.accelerator.print("\n".join(done))
     trainer.accelerator.end_training()
+    if not trainer.accelerator.is_main_process:
+        return {}
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {
+        "adapter": folder,
+        "base": base.path,
+        "merged": merged_dir,
+        "true_bits": base.bits,
+        "merged_bits": after,
+        "trained": trained,
+        "steps": trainer.state.global_step,
+        "train_loss": metrics.get("train_loss"),
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "seconds": metrics.get("train_runtime"),
+    }
 
 
 def _whole(trainer: Any, script: Arguments, base: Base) -> PeftModel:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import gguf
 import torch
 
+from ...upstream.transformers import tied_weights
 from ..source import Opened
 
 __all__ = [
@@ -111,9 +112,11 @@ def list_tensors(opened: Opened) -> list[Tensor]:
     """
     config, architecture = opened.config, architecture_of(opened)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    twins = {owner: target for target, owner in tied_weights(opened.model).items()}  # a file has either
     found = []
     for name in _parameters(opened.model, config):
-        key, theirs = opened.checkpoint.find(name), names.get_name(name, try_suffixes=(".weight", ".bias"))
+        key = opened.checkpoint.find(name) or opened.checkpoint.find(twins.get(name, name))
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if key is None:
             raise ValueError(f"{opened.folder} lacks {name}; it is incomplete, download or compress it again.")
         if theirs is None:
