@@ -10,20 +10,18 @@ import importlib
 import importlib.util
 import itertools
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluscomp_peft.clustering.start import density_start
+from tests.grids import grid, quick
+from tests.ops.harness import INTERPRETED, needs_triton, run_in_the_interpreter, shares
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 direct = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 # The package has a function of the same name.
@@ -63,19 +61,10 @@ def squares(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return (vectors[:, None].double() - centroids[None].double()).square().sum(2)
 
 
-@direct
 @needs_triton
-@pytest.mark.parametrize("share", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@shares
 def test_the_kernels_in_the_interpreter(share):
-    options = ["-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-m", f"{share} and not gpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_the_interpreter(__file__, share, "--noconftest")
 
 
 @direct
@@ -141,9 +130,7 @@ def test_the_engine_says_what_it_needs(gpu):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "dim", [dim if dim in (1, 4, 6, 13) else pytest.param(dim, marks=pytest.mark.slow) for dim in range(1, 17)]
-)
+@grid(dim=quick(range(1, 17), 1, 4, 6, 13))
 def test_codes_are_nearest_in_every_dimension(gpu, dim):
     check_nearest(gpu, ("plain", "duplicates", "far away", "outlier")[dim % 4], dim)
 
@@ -167,7 +154,7 @@ def check_nearest(gpu, kind: str, dim: int, device: str = "cpu", total: int = 0,
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [2, pytest.param(13, marks=pytest.mark.slow)])
+@grid(dim=quick([2, 13], 2))
 def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, kernels, monkeypatch, dim):
     centroids = normal(1100, dim, seed=1)
     vectors = centroids[:4].repeat(32, 1) + 0.02 * normal(128, dim)
@@ -189,7 +176,7 @@ def test_pruning_leaves_out_tiles_and_changes_nothing(gpu, kernels, monkeypatch,
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [3, pytest.param(13, marks=pytest.mark.slow)])
+@grid(dim=quick([3, 13], 3))
 def test_blocks_that_straddle_far_clusters_keep_their_digits(gpu, dim):
     vectors = torch.cat([normal(70, dim) - 1000, normal(70, dim, seed=1) + 1000])
     centroids = torch.cat([normal(40, dim, seed=2) + 1000, normal(40, dim, seed=3) - 1000])
@@ -200,8 +187,7 @@ def test_blocks_that_straddle_far_clusters_keep_their_digits(gpu, dim):
 
 
 @interpreted
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dim", [3, 16])
+@grid(dim=[3, 16], weighted=[False, True])
 def test_the_update_equals_torch(gpu, dim, weighted):
     vectors, centroids, weights = normal(250, dim), normal(12, dim, seed=1), None
     codes = torch.randint(0, 10, (250,), generator=torch.Generator().manual_seed(2))  # 10 and 11 serve nothing

@@ -19,7 +19,16 @@ import torch
 
 from cluscomp_peft.ops import backends
 
-__all__ = ["BACKENDS", "DTYPES", "INTERPRETED", "backend", "needs_triton", "run_in_the_interpreter", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "INTERPRETED",
+    "backend",
+    "needs_triton",
+    "run_in_the_interpreter",
+    "shares",
+    "use_backend",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
@@ -41,9 +50,14 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(backends, "_CPU", backend(name))
 
 
-def run_in_the_interpreter(path: str, *options: str) -> None:
-    """Runs a file of tests in a process whose Triton interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *options, path]
+# The quick tests of a file, and the slow ones.
+shares = pytest.mark.parametrize("share", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+
+
+def run_in_the_interpreter(path: str, share: str, *options: str) -> None:
+    """Runs a share of a file's tests in a process whose Triton interprets its kernels."""
+    options = ("-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", f"{share} and not gpu", *options)
+    command = [sys.executable, "-m", "pytest", *options, path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -18,7 +18,8 @@ from cluscomp_peft.codes import code_bits, num_groups, pack, unpack
 from cluscomp_peft.ops.backends import cpu, reference
 from cluscomp_peft.ops.backends.cpu import compilation
 from cluscomp_peft.ops.packed_weight import PackedWeight
-from tests.ops.harness import BACKENDS, INTERPRETED, backend, needs_triton, run_in_the_interpreter, use_backend
+from tests.grids import grid
+from tests.ops.harness import BACKENDS, INTERPRETED, backend, needs_triton, run_in_the_interpreter, shares, use_backend
 
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 IN, OUT = 40, 33
@@ -37,7 +38,6 @@ CASES = {
     "everything": dict(blocks=2, scale_in=True, scale_out=True, residual=True, group_size=4),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -52,8 +52,9 @@ def on(request, monkeypatch):
 
 
 @needs_triton
-def test_every_promise_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+@shares
+def test_every_promise_in_the_interpreter(share):
+    run_in_the_interpreter(__file__, share)
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -126,8 +127,7 @@ def test_arguments_may_have_any_strides(on, case):
         torch.testing.assert_close(again, grads, rtol=1e-4, atol=1e-4)
 
 
-@each_dtype
-@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (2, 3), (2, 20)])
+@grid(lead=[(), (1,), (1, 1), (2, 3), (2, 20)], dtype=DTYPES)
 def test_x_may_have_any_number_of_dimensions(on, lead, dtype):
     weight, x = weight_of(scale_in=True), normal(*lead, IN, dtype=dtype)
     y = on.linear(x, weight, None)
@@ -167,8 +167,7 @@ def test_arguments_are_not_written_to(on):
 # -- 2. stray codes
 
 
-@pytest.mark.parametrize("count", [1, 3, 16, 20])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9, 12])
+@grid(bits=[2, 3, 4, 5, 8, 9, 12], count=[1, 3, 16, 20])
 def test_codes_beyond_the_codebook_are_its_last_one(on, bits, count):
     """Bytes at random, in every field and behind the last: read, multiplied, and their gradient collected."""
     generator = torch.Generator().manual_seed(bits)
@@ -219,8 +218,7 @@ def by_loop(weight: PackedWeight) -> torch.Tensor:
     return dense
 
 
-@each_dtype
-@each_case
+@grid(case=CASES, dtype=DTYPES)
 def test_decode_is_the_reference_bit_for_bit(on, case, dtype):
     for stored in (dtype, torch.float16):
         weight = weight_of(**case, dtype=stored)
@@ -243,8 +241,7 @@ def test_fp64_is_computed_in_fp64(on, case):
     assert all_equal(grads, reference.codebook_grad(x, upstream, weight))
 
 
-@each_dtype
-@each_case
+@grid(case=CASES, dtype=DTYPES)
 def test_many_tokens_are_the_dense_layer_bit_for_bit(on, case, dtype):
     weight, bias = weight_of(**case, dtype=torch.float16), normal(OUT, seed=5)
     for x in (normal(70, IN, dtype=dtype), normal(2, 40, IN, dtype=dtype)):
@@ -252,9 +249,7 @@ def test_many_tokens_are_the_dense_layer_bit_for_bit(on, case, dtype):
         assert torch.equal(on.linear(x, weight, bias), expected)
 
 
-@each_dtype
-@pytest.mark.parametrize("count", [1, 2, 5, 16])
-@each_case
+@grid(case=CASES, count=[1, 2, 5, 16], dtype=DTYPES)
 def test_few_tokens_are_as_exact_as_their_roundings(on, case, count, dtype):
     weight, bias, x = weight_of(**case, dtype=torch.float16), normal(OUT, seed=5), normal(count, IN, dtype=dtype)
     y, exact = on.linear(x, weight, bias), by_loop(weight)
@@ -267,8 +262,7 @@ def test_few_tokens_are_as_exact_as_their_roundings(on, case, count, dtype):
     assert ((y.double() - right).abs() <= 1.01 * eps * right.abs() + (2.02 * eps + 1e-6) * magnitude).all()
 
 
-@each_dtype
-@each_case
+@grid(case=CASES, dtype=DTYPES)
 def test_gradients_are_sums_in_fp32(on, case, dtype):
     """A sum in 16 bits would be off by more."""
     weight = weight_of((96, 64), **{**case, "group_size": 3, "clusters": 4}, dtype=torch.float16)
@@ -286,9 +280,7 @@ def test_gradients_are_sums_in_fp32(on, case, dtype):
 # -- 4. merging
 
 
-@each_dtype
-@pytest.mark.parametrize("count", [1, 4, 9, 20])
-@each_case
+@grid(case=CASES, count=[1, 4, 9, 20], dtype=DTYPES)
 def test_the_dtype_of_the_codebook_does_not_show(on, case, count, dtype):
     """The unmerged layer has its sums in fp32, the merged one in fp16."""
     weight, x = weight_of(**case, dtype=torch.float16), normal(count, IN, dtype=dtype)
@@ -325,10 +317,13 @@ def test_the_same_call_gives_the_same_bits_with_any_number_of_threads(on):
 # -- 6. ownership
 
 
-@pytest.mark.parametrize("graph", [None, "x", "codebook"])
-@pytest.mark.parametrize("bias", [False, True])
-@each_dtype
-@pytest.mark.parametrize("lead", [(), (1,), (20,), (2, 3), (2, 20), (2, 2, 3), (0, 2)])
+@grid(
+    lead=[(), (1,), (20,), (2, 3), (2, 20), (2, 2, 3), (0, 2)],
+    dtype=DTYPES,
+    bias=[False, True],
+    graph=[None, "x", "codebook"],
+    pairs=True,
+)
 def test_results_belong_to_the_caller_who_may_change_them(on, lead, dtype, bias, graph):
     weight, x = weight_of(scale_in=graph == "x", scale_out=graph == "x"), normal(*lead, IN, dtype=dtype)
     offset = normal(OUT, seed=4) if bias else None

@@ -17,6 +17,7 @@ from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.hf.evaluate import true_bits
 from cluscomp_peft.ops.backends import cpu
 from tests.conftest import BORN, config_for, logits_of, tiny_llama, train_briefly
+from tests.grids import grid
 from tests.ops import harness as backends
 
 KINDS = ["compressed", "born", "dense"]
@@ -232,7 +233,7 @@ def all_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, two) for one, two in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("dtype", backends.DTYPES)
+@grid(kind=KINDS, dtype=backends.DTYPES)
 def test_on_every_path_merging_is_exact(folders, kind, dtype, backend, monkeypatch, tmp_path):
     seen = []
     few = cpu._linear_few
@@ -262,7 +263,7 @@ def test_on_every_path_merging_is_exact(folders, kind, dtype, backend, monkeypat
         assert value.dtype == loaded[name].dtype and torch.equal(value, loaded[name]), name
 
 
-@pytest.mark.parametrize("dtype", backends.DTYPES)
+@grid(kind=KINDS, dtype=backends.DTYPES)
 def test_on_every_path_a_fresh_adapter_changes_nothing(folders, kind, dtype, backend):
     base = loaded_anew(folders[kind], dtype)
     expected = all_logits(base)
@@ -274,5 +275,6 @@ def test_on_every_path_a_fresh_adapter_changes_nothing(folders, kind, dtype, bac
 
 
 @backends.needs_triton
-def test_the_kernels_of_triton_keep_it_too():
-    backends.run_in_the_interpreter(__file__, "-k", "on_every_path")
+@backends.shares
+def test_the_kernels_of_triton_keep_it_too(share):
+    backends.run_in_the_interpreter(__file__, share, "-k", "on_every_path")

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +19,10 @@ from cluscomp_peft import ops
 from cluscomp_peft.codes import code_bits, num_groups, pack
 from cluscomp_peft.ops.backends import reference
 from cluscomp_peft.ops.backends.cuda import triton_tuning
+from tests.grids import grid, quick
+from tests.ops.harness import INTERPRETED, needs_triton, run_in_the_interpreter, shares
 
 ROOT = Path(__file__).resolve().parents[3]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 direct = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 CASES = {
@@ -131,22 +128,14 @@ def check_grad(cuda, given: ops.PackedWeight, x: torch.Tensor, upstream: torch.T
     return grads
 
 
-@direct
 @needs_triton
-def test_the_kernels_in_the_interpreter():
-    options = ["-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-m", "not gpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@shares
+def test_the_kernels_in_the_interpreter(share):
+    run_in_the_interpreter(__file__, share, "--noconftest")
 
 
 @interpreted
-@pytest.mark.parametrize("group_size", [*range(1, 17), 33, 64])
+@grid(group_size=quick([*range(1, 17), 33, 64], 1, 3, 16, 33))
 def test_decode_takes_every_group_size_and_code_width(cuda, monkeypatch, group_size):
     monkeypatch.setattr(triton_tuning, "decode_tile", lambda padded: triton_tuning.DecodeTile(4, 8, 4))
     for bits in range(1, 17):
@@ -157,9 +146,9 @@ def test_decode_takes_every_group_size_and_code_width(cuda, monkeypatch, group_s
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("group_size, shape", [(1, (130, 65)), (3, (200, 130)), (16, (135, 1)), (4, (1, 70))])
-def test_decode_tiles_meet(cuda, case, group_size, shape):
+@grid(case=CASES, size=[(1, (130, 65)), (3, (200, 130)), (16, (135, 1)), (4, (1, 70))])
+def test_decode_tiles_meet(cuda, case, size):
+    group_size, shape = size
     check_decode(cuda, parts(group_size, 13, shape, **case), torch.float32)
 
 
@@ -169,9 +158,9 @@ def test_decode_rounds_to_bf16_before_the_gather_where_it_may(cuda):
 
 
 @interpreted
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-@pytest.mark.parametrize("group_size, clusters, case", [(1, 3, "scale_in"), (3, 300, "plain"), (4, 2**14, "blocks")])
-def test_few_tokens_are_multiplied_tile_by_tile(cuda, monkeypatch, tokens, group_size, clusters, case):
+@grid(tokens=[1, 2, 5, 16], layout=[(1, 3, "scale_in"), (3, 300, "plain"), (4, 2**14, "blocks")])
+def test_few_tokens_are_multiplied_tile_by_tile(cuda, monkeypatch, tokens, layout):
+    group_size, clusters, case = layout
     monkeypatch.setattr(cuda, "decode", None)
     shape = (90, 70)
     for dtype in (torch.float32, torch.float16):
@@ -211,15 +200,15 @@ def test_more_tokens_a_residual_or_none_are_left_to_the_dense_product(cuda):
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("group_size, clusters, shape", [(1, 2, (9, 70)), (3, 13, (140, 66)), (7, 600, (150, 5))])
-def test_codebook_grad_sums_segments(cuda, case, group_size, clusters, shape):
+@grid(case=CASES, layout=[(1, 2, (9, 70)), (3, 13, (140, 66)), (7, 600, (150, 5))])
+def test_codebook_grad_sums_segments(cuda, case, layout):
+    group_size, clusters, shape = layout
     given = parts(group_size, clusters, shape, **case)
     check_grad(cuda, given, normal(37, shape[1]), normal(37, shape[0], seed=2), 1e-6)
 
 
 @interpreted
-@pytest.mark.parametrize("group_size", range(1, 17))
+@grid(group_size=quick(range(1, 17), 1, 5, 16))
 def test_codebook_grad_takes_every_group_size(cuda, group_size):
     given = parts(group_size, 2**group_size - (group_size > 1), (50, 9), torch.float16, scale_in=True)
     half = torch.float16
