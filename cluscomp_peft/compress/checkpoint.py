@@ -48,13 +48,13 @@ from .stream.evaluated import MOST_TOKENS, HeldOut
 from .stream.folder import (
     at_work,
     check_target,
-    join_shards,
     move,
     work_folder,
     write_index,
     write_text,
 )
 from .stream.headers import check_folder, weight_bytes
+from .stream.joined import join_shards
 from .stream.journal import Journal, disk_errors
 from .stream.pipeline import Calibration, compress_shards, fingerprint_of
 from .stream.source import DenseCheckpoint
@@ -214,7 +214,7 @@ def compress_checkpoint(
             workers=workers,
         )
         dense.refuse_changes()
-        join_shards(work, result["shards"])
+        result["shards"] = join_shards(work, result["shards"])
         embeddings = policy.embeddings_of(model).keys()
         linear = [entry for name, entry in result["matrices"].items() if name not in embeddings]
         squares = [(entry["squared_error"], entry["squared_norm"]) for entry in linear]

@@ -22,8 +22,9 @@ from torch import nn
 
 from .._version import __version__
 from ..compress.architecture import read_tokenizer, write_generation_config
-from ..compress.stream.folder import at_work, check_target, join_shards, move, work_folder, write_index
+from ..compress.stream.folder import at_work, check_target, move, work_folder, write_index
 from ..compress.stream.headers import weight_bytes
+from ..compress.stream.joined import join_shards
 from ..compress.stream.journal import Journal, disk_errors, save_tensors
 from ..compress.stream.shards import small_memory, trim_memory
 from ..compress.stream.split import Shard, split_into_shards
@@ -91,9 +92,7 @@ def export_dense(
                 bar.advance()
                 bar.step(f"shard {bar.done} of {len(shards)}")
         warning = opened.check(_joined(done, "fingerprints"), _joined(done, "codebooks"))
-        keys = {shard.file: done[shard.file]["keys"] for shard in shards}
-        join_shards(work, keys)
-        write_index(work, keys)
+        write_index(work, join_shards(work, {shard.file: done[shard.file]["keys"] for shard in shards}))
         _finish(work, opened)
         size = weight_bytes(work)
         check_target(opened.folder, target, overwrite)  # which may have been filled meanwhile

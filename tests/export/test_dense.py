@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from cluscomp_peft.cli import main
-from cluscomp_peft.compress.stream import folder as folder_module
+from cluscomp_peft.compress.stream import joined
 from cluscomp_peft.export import dense as dense_module
 from tests.conftest import WORDS, config_for, logits_of, tiny_llama, train_briefly
 
@@ -167,7 +167,7 @@ def test_an_adapter_on_a_merged_base_is_added_to_what_is_there_with_a_warning(
 @pytest.fixture
 def interrupted(monkeypatch, compressed_dir, tmp_path, capsys):
     """An export that ended after its first shard, and a list of the shards that are written from now on."""
-    monkeypatch.setattr(folder_module, "_ONE_FILE", 0)
+    monkeypatch.setattr(joined, "_MOST", 0)
     written, save = [], dense_module.save_tensors
 
     def save_one(path, tensors):

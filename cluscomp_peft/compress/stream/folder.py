@@ -17,24 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from safetensors.torch import load_file
-
-from .journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file, save_tensors
+from .joined import INDEX_NAME, ONE_NAME
+from .journal import JOURNAL, LOCK, Journal, hold_lock, read_journal, replace_file
 from .source import DenseCheckpoint
 
 __all__ = [
     "at_work",
     "check_target",
     "free_name",
-    "join_shards",
     "move",
     "work_folder",
     "write_index",
     "write_text",
 ]
-
-ONE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-_ONE_FILE = 1 << 26  # bytes of weights up to which shards are joined in the end
 
 
 def check_target(source: str, target: str, overwrite: bool) -> None:
@@ -70,24 +65,9 @@ def work_folder(target: str) -> str:
     return os.path.join(parent, f".{name}.partial")
 
 
-def join_shards(work: str, shards: dict[str, dict[str, int]]) -> None:
-    """One file of the shards of a small model."""
-    if sum(map(sum, (keys.values() for keys in shards.values()))) > _ONE_FILE:
-        return
-    whole = os.path.join(work, ONE_NAME)
-    if not os.path.exists(whole):
-        tensors = {}
-        for shard in shards:
-            tensors.update(load_file(os.path.join(work, shard)))
-        save_tensors(whole, tensors)
-    for shard in shards:
-        if os.path.exists(os.path.join(work, shard)):
-            os.remove(os.path.join(work, shard))
-
-
 def write_index(work: str, shards: dict[str, dict[str, int]]) -> None:
-    """The index of several shards, file name to bytes by key; nothing where they were joined."""
-    if os.path.exists(os.path.join(work, ONE_NAME)):
+    """The index of several shards, file name to bytes by key; nothing where there is one file of all."""
+    if ONE_NAME in shards:
         return
     places = {key: shard for shard, keys in shards.items() for key in keys}
     total = sum(map(sum, (keys.values() for keys in shards.values())))

@@ -13,11 +13,11 @@ from torch import nn
 from .assembled import Assembly, assemblies_of
 from .headers import read_header
 
-__all__ = ["PARTS", "DenseCheckpoint"]
+__all__ = ["DTYPES", "PARTS", "DenseCheckpoint"]
 
 _ONE_FILE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PARTS = ("codes", "codebook", "scale_in", "scale_out")  # what takes the place of a weight that is clustered
-_DTYPES = {
+DTYPES = {  # as safetensors writes them
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -69,7 +69,7 @@ class DenseCheckpoint:
             try:
                 for key, header in read_header(path).items():
                     self._files[key], self._begins[key] = path, header.begin
-                    self.dtypes[key], self.shapes[key] = _DTYPES[header.dtype], header.shape
+                    self.dtypes[key], self.shapes[key] = DTYPES[header.dtype], header.shape
             except OSError as error:
                 raise _unreadable(path, error) from error
             except (SafetensorError, KeyError) as error:
