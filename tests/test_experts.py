@@ -20,6 +20,7 @@ from cluscomp_peft.experts import fuse, fused_stacks, stacks_apart, unfuse
 from cluscomp_peft.hf.reading import inspect_checkpoint
 from cluscomp_peft.linear import ClusteredLinear, count_parameters, dense_bits
 from tests.conftest import WORDS, logits_of
+from tests.grids import grid, quick
 from tests.mixtures import FAMILIES, tiny_mixture
 
 # One of each layout: apart in the file, [E, in, out] by torch.bmm, the same with biases and a gate of its own.
@@ -82,9 +83,7 @@ def test_taken_apart_a_model_computes_the_same_and_comes_back(family, tokens):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "family", [family if family in LAYOUTS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
+@grid(family=quick(list(FAMILIES), *LAYOUTS))
 def test_every_way_to_a_clustered_mixture_is_the_same(family, saved, tmp_path, tokens):
     source = saved(family)
     on_the_fly = AutoModelForCausalLM.from_pretrained(source, quantization_config=config())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -52,6 +53,7 @@ def names(tmp_path_factory):
     return namespace
 
 
+@pytest.mark.slow
 def test_calibration_text_lowers_the_loss_and_rounding_is_worst(names):
     plain, calibrated = (names["curves"][f"codebooks, {kind}"] for kind in ("without data", "with calibration text"))
     rounded = names["curves"]["round to nearest"]
@@ -60,6 +62,7 @@ def test_calibration_text_lowers_the_loss_and_rounding_is_worst(names):
     assert [loss for _, loss in rounded] == sorted((loss for _, loss in rounded), reverse=True)
 
 
+@pytest.mark.slow
 def test_finetuning_lowers_the_loss_by_moving_codebooks(names):
     assert names["tuned_row"].loss < 0.9 * names["base_row"].loss
     assert [step for step, _, _ in names["watch"].points] == [0, 6, 12]
@@ -67,6 +70,7 @@ def test_finetuning_lowers_the_loss_by_moving_codebooks(names):
     assert len(names["shifts"]) == 21 and min(names["shifts"].values()) > 0
 
 
+@pytest.mark.slow
 def test_merged_is_finetuned_at_the_same_size(names):
     assert names["difference"] == 0 and torch.equal(names["merged_logits"], names["tuned_logits"])
     assert names["size"]["merged"] == names["size"]["compressed"] and names["again"]
@@ -74,9 +78,18 @@ def test_merged_is_finetuned_at_the_same_size(names):
     assert names["merged_row"].loss == names["tuned_row"].loss
 
 
+@pytest.mark.slow
 def test_the_report_is_shown_as_a_page(names):
     page = names["Page"](names["folder"]("calibrated-2/report.html"))
     assert page._repr_html_().startswith("<iframe srcdoc=") and "true bits" in page._repr_html_()
+
+
+def test_what_the_notebook_imports_is_there(monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOK.parents[1] / "recipes")
+    trees = [ast.parse("".join(cell["source"])) for cell in CODE]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert any(getattr(node, "module", None) == "cluscomp_peft" for node in imports)
+    exec(compile(ast.Module(imports, []), NOTEBOOK.name, "exec"), {})
 
 
 def test_stored_outputs_are_whole_and_hold_nothing_of_the_machine():

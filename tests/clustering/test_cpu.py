@@ -12,6 +12,7 @@ from cluscomp_peft import kmeans
 pytest.importorskip("numba")
 from cluscomp_peft.clustering.cpu import assign
 from tests import warm
+from tests.grids import grid, quick
 
 pure = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -113,14 +114,14 @@ def test_codes_of_a_clustering_are_brute_force(kind, dim, total, clusters, seed,
     assert info.objective == pytest.approx(cost, rel=1e-4, abs=1e-12 * float(vectors.double().square().sum()))
 
 
-@pytest.mark.parametrize("dim", [2, 3, 4, 5, 6])
+@grid(dim=quick([2, 3, 4, 5, 6], 2, 4, 6))
 def test_large_assignments_are_brute_force(dim):
     vectors = weights_of_a_model(20_000, dim)
     centroids = vectors[:: 20_000 // 3000].clone()
     check_nearest(vectors, centroids, assign(vectors, centroids)[0])
 
 
-@pytest.mark.parametrize("dim", [7, 8, 11, 16])
+@grid(dim=quick([7, 8, 11, 16], 8, 11))
 def test_near_assignments_lose_less_than_five_per_mille(dim):
     vectors = weights_of_a_model(40_000, dim)
     centroids = vectors[:: 40_000 // 2000].clone()
@@ -140,8 +141,7 @@ def test_few_vectors_for_each_centroid_are_assigned_exactly(dim):
     check_nearest(vectors, centroids, assign(vectors, centroids)[0])
 
 
-@pytest.mark.parametrize("dim", [3, 4, 6, 8, 16])
-@pytest.mark.parametrize("weighted", [False, True])
+@grid(dim=quick([3, 4, 6, 8, 16], 3, 6, 8), weighted=[False, True])
 def test_threads_change_no_byte(dim, weighted):
     vectors = weights_of_a_model(30_000, dim)
     weights = torch.rand(30_000, generator=torch.Generator().manual_seed(3)) if weighted else None
@@ -153,8 +153,13 @@ def test_threads_change_no_byte(dim, weighted):
         assert one[2].objective == other[2].objective
 
 
-@pytest.mark.parametrize(("dim", "gain"), [(2, 0.1), (4, 0.08), (6, 0.02), (8, 0.0), (16, 0.0)])
-def test_the_density_start_beats_twenty_iterations_from_random_vectors(dim, gain):
+# What the start gains at a number of dimensions.
+GAINS = {"2": (2, 0.1), "4": (4, 0.08), "6": (6, 0.02), "8": (8, 0.0), "16": (16, 0.0)}
+
+
+@grid(start=quick(GAINS, "4", "8"))
+def test_the_density_start_beats_twenty_iterations_from_random_vectors(start):
+    dim, gain = start
     vectors, clusters = weights_of_a_model(60_000, dim), 2000
     usual = kmeans(vectors, clusters, engine="cpu", init="random", iterations=20, tolerance=0)[2].objective
     ours = kmeans(vectors, clusters, engine="cpu")[2].objective

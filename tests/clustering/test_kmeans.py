@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluscomp_peft.clustering import kmeans
 from cluscomp_peft.clustering.lloyd import assign
+from tests.grids import grid
 
 # The package exports the function under the module's name, so an attribute path would not reach the module.
 lloyd_module = importlib.import_module("cluscomp_peft.clustering.lloyd")
@@ -64,9 +65,7 @@ def test_the_result_is_described(weighted, engine):
 
 
 @every_engine
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dim", [2, 3, 5, 9])
-@pytest.mark.parametrize("init", ["density", "random"])
+@grid(dim=[2, 3, 5, 9], init=["density", "random"], weighted=[False, True])
 def test_the_objective_only_falls(weighted, dim, init, engine):
     vectors, weights = normal(600, dim, seed=dim), uniform(600) if weighted else None
     seen = []

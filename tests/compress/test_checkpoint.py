@@ -57,6 +57,7 @@ from cluscomp_peft.hf.quantizer import model_fingerprint
 from cluscomp_peft.layout import expand
 from cluscomp_peft.upstream.transformers import renaming_of
 from tests.conftest import WORDS, logits_of, tiny_llama
+from tests.grids import grid, quick
 
 COMMON = dict(vocab_size=len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=1)
 NARROW = dict(
@@ -382,13 +383,10 @@ def trained(tmp_path_factory, tokenizer) -> tuple[str, str, torch.Tensor]:
     return str(folder / "dense"), str(folder / "text.txt"), torch.tensor([sentence(24) for _ in range(64)])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(group_size=2, num_clusters=16),
-        dict(bits=3),
-    ],
-    ids=["one setting", "shares of a budget"],
+@grid(
+    settings=quick(
+        {"one setting": dict(group_size=2, num_clusters=16), "shares of a budget": dict(bits=3)}, "shares of a budget"
+    )
 )
 def test_calibration_brings_the_loss_nearer_to_dense(trained, tmp_path, settings):
     source, text, rows = trained
@@ -442,26 +440,33 @@ def interrupted(monkeypatch, owner, name: str, call: int, after: bool) -> None:
     monkeypatch.setattr(owner, name, wrapped)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "after"),
-    [
-        (Journal, "commit", 1, True),  # specs
-        (Journal, "commit", 2, True),  # streams
-        (Journal, "commit", 3, False),  # first block, whose streams are written
-        (Journal, "commit", 3, True),
-        (Journal, "commit", 5, False),
-        (Journal, "commit", 6, False),
-        (shard, "save_tensors", 2, True),
-        (Stream, "write", 5, False),  # between the two streams of a block
-        (checkpoint_module, "_finish", 1, False),
-        (checkpoint_module, "move", 1, False),
-        (checkpoint_module, "write_text", 2, True),  # some of the texts
-        (target_folder, "_tidy", 1, False),
-    ],
+@grid(
+    at=quick(
+        {
+            "specs": (Journal, "commit", 1, True),
+            "streams": (Journal, "commit", 2, True),
+            "streams of the first block": (Journal, "commit", 3, False),
+            "first block": (Journal, "commit", 3, True),
+            "second block": (Journal, "commit", 5, False),
+            "last shard": (Journal, "commit", 6, False),
+            "tensors": (shard, "save_tensors", 2, True),
+            "between the two streams of a block": (Stream, "write", 5, False),
+            "all shards": (checkpoint_module, "_finish", 1, False),
+            "before the move": (checkpoint_module, "move", 1, False),
+            "some of the texts": (checkpoint_module, "write_text", 2, True),
+            "before tidying": (target_folder, "_tidy", 1, False),
+        },
+        "streams of the first block",
+        "tensors",
+        "between the two streams of a block",
+        "before the move",
+        "before tidying",
+    )
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    owner, name, call, after, dense, text, undisturbed, killed, monkeypatch, tmp_path
+    at, dense, text, undisturbed, killed, monkeypatch, tmp_path
 ):
+    owner, name, call, after = at
     target = str(tmp_path / "out")
     arguments = (dense("llama, tied"), target, quick_config())
     with monkeypatch.context() as patch:
@@ -827,7 +832,7 @@ def few_megabytes(tmp_path_factory, tokenizer) -> str:
     return folder
 
 
-@pytest.mark.parametrize("size", [2_500_000, 2_900_000, 3_600_000])
+@grid(size=quick([2_500_000, 2_900_000, 3_600_000], 2_900_000))
 def test_size_holds_for_the_whole_folder_and_is_used(size, few_megabytes, tmp_path):
     target = str(tmp_path / "out")
     summary = compress_checkpoint(few_megabytes, target, quick_config(bits=None), size=size)

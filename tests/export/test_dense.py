@@ -26,6 +26,7 @@ from cluscomp_peft.cli import main
 from cluscomp_peft.compress.stream import joined
 from cluscomp_peft.export import dense as dense_module
 from tests.conftest import WORDS, config_for, logits_of, tiny_llama, train_briefly
+from tests.grids import grid
 
 
 def export(*arguments: str | Path) -> int:
@@ -123,8 +124,7 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("kind", ["compressed", "born", "dense"])
+@grid(extra=list(EXTRAS), kind=["compressed", "born", "dense"])
 def test_an_adapter_is_merged_on_the_way(adapted, tokens, tmp_path, kind, extra):
     base, adapter, expected = adapted(kind, **EXTRAS[extra])
     assert export(base, tmp_path / "out", "--adapter", adapter) == 0

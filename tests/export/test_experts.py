@@ -12,6 +12,7 @@ from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.cli import main
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from tests.conftest import logits_of, train_briefly
+from tests.grids import grid, quick
 from tests.mixtures import FAMILIES, tiny_mixture
 
 LAYOUTS = ("mixtral", "llama4", "gpt_oss", "jetmoe")
@@ -42,10 +43,7 @@ def export(source, target, *arguments: str) -> int:
     return main(["export", str(source), str(target), "--to", "dense", *arguments])
 
 
-@pytest.mark.parametrize(
-    "family", [family if family in LAYOUTS else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
-@pytest.mark.parametrize("way", ["command", "on the fly"])
+@grid(family=quick(list(FAMILIES), *LAYOUTS), way=["command", "on the fly"])
 def test_weights_are_those_that_dequantize_gives_in_the_pieces_of_the_dense_file(family, way, made, tmp_path, tokens):
     dense, source = made(family)
     if way == "on the fly":
@@ -64,8 +62,7 @@ def test_weights_are_those_that_dequantize_gives_in_the_pieces_of_the_dense_file
     }
 
 
-@pytest.mark.parametrize("family", LAYOUTS[:3])
-@pytest.mark.parametrize("base", ["compressed", "born", "dense"])
+@grid(family=LAYOUTS[:3], base=["compressed", "born", "dense"])
 def test_an_adapter_is_merged_on_the_way(family, base, made, tmp_path, tokens):
     dense, compressed = made(family)
     folder = compressed if base == "compressed" else dense

@@ -28,6 +28,7 @@ from transformers import (
 
 from cluscomp_peft.cli import main
 from tests.conftest import config_for, logits_of, train_briefly
+from tests.grids import grid, quick
 
 gguf = pytest.importorskip("gguf")
 gguf_file = pytest.importorskip("cluscomp_peft.export.gguf.file")
@@ -169,7 +170,7 @@ def inputs() -> torch.Tensor:
     return torch.randint(4, SIZE - 8, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", ["Llama", "tied Llama", "Mistral", "Qwen2", "Qwen3"])
+@grid(name=quick(["Llama", "tied Llama", "Mistral", "Qwen2", "Qwen3"], "tied Llama", "Qwen2"))
 def test_transformers_reads_back_the_decoded_weights(made, inputs, tmp_path, name):
     _, folder = made(name)
     out = tmp_path / "model.gguf"
@@ -185,7 +186,7 @@ def test_transformers_reads_back_the_decoded_weights(made, inputs, tmp_path, nam
     assert os.listdir(tmp_path) == ["model.gguf"]
 
 
-@pytest.mark.parametrize("name", ["Llama", "tied Llama", "Qwen2"])
+@grid(name=quick(["Llama", "tied Llama", "Qwen2"], "Llama"))
 def test_clustered_embeddings_are_decoded_too(made, inputs, tmp_path, name):
     dense, _ = made(name)
     folder, out = tmp_path / "made", tmp_path / "model.gguf"

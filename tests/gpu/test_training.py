@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests.conftest import CHECKPOINTING, checkpoint_activations, config_for, logits_of, train_briefly
 from tests.gpu.conftest import LENGTHS
+from tests.grids import grid, quick
 
 KINDS = ["compressed", "born", "dense"]
 
@@ -38,8 +39,7 @@ def gradients(model, tokens: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, chosen))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=KINDS, dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16})
 def test_what_is_trained_is_merged_to_the_bit(models, text, kind, dtype, tmp_path):
     model = get_peft_model(models.load(kind, dtype), config_for(kind, num_blocks=2))
     before = {length: logits_of(model, text(length)) for length in LENGTHS}
@@ -63,7 +63,7 @@ def test_what_is_trained_is_merged_to_the_bit(models, text, kind, dtype, tmp_pat
     assert all(torch.equal(logits_of(loaded, text(length)), after[length]) for length in exact)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "compressed"))
 def test_a_saved_adapter_gives_the_same_logits(models, text, kind, tmp_path):
     model = get_peft_model(models.load(kind), config_for(kind))
     train_briefly(model, text(40))
@@ -75,7 +75,7 @@ def test_a_saved_adapter_gives_the_same_logits(models, text, kind, tmp_path):
     assert (logits_of(elsewhere, text(40).cpu()) - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "born"))
 def test_the_same_run_gives_the_same_bytes(models, text, kind, deterministic):
     found = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_the_same_run_gives_the_same_bytes(models, text, kind, deterministic):
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "compressed", "dense"))
 def test_checkpointing_changes_no_gradient(models, text, kind, deterministic):
     model = get_peft_model(models.load(kind), config_for(kind, init_weights=False))
     plain = gradients(model, text(40))
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_cpu(models, text):
         assert (found.cpu() - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "dense"))
 def test_a_scaler_skips_steps_that_overflow(models, text, kind, device):
     model = get_peft_model(models.load(kind, torch.float16), config_for(kind)).train()
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)

@@ -26,6 +26,7 @@ from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.offloading import execution_device, stored
 from cluscomp_peft.upstream.accelerate import offload_hook
 from tests.conftest import checkpoint_activations, config_for, logits_of, tiny_llama, train_briefly
+from tests.grids import grid, quick
 
 CPU = torch.device("cpu")
 MAP = {
@@ -105,8 +106,7 @@ def test_auto_fills_memory_and_offloads_the_rest(folder, tokens, tmp_path):
     assert torch.equal(logits_of(model, tokens), logits_of(expected, tokens))
 
 
-@pytest.mark.parametrize("offload_buffers", [False, True])
-@pytest.mark.parametrize("how", BY_HAND)
+@grid(how=BY_HAND, offload_buffers=[False, True])
 def test_accelerates_functions(folder, tokens, tmp_path, how, offload_buffers):
     model = by_hand(how, folder, tmp_path, offload_buffers=offload_buffers)
     assert len(offloaded(model)) == 14
@@ -223,7 +223,7 @@ def test_an_adapter_moves_between_offloaded_and_resident(folder, tokens, adapter
     assert all(torch.equal(again[key], first[key]) for key in again.keys() | first.keys())
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@grid(low_cpu_mem_usage=quick([False, True], True))
 def test_a_loaded_adapter_trains_on(folder, tokens, adapter, low_cpu_mem_usage):
     losses = []
     for load in (resident, on_disk):
@@ -317,7 +317,7 @@ def test_an_adapter_of_another_base_is_refused(folder, adapter, tmp_path):
 # -- merging and saving
 
 
-@pytest.mark.parametrize("safe_merge", [False, True])
+@grid(safe_merge=quick([False, True], True))
 def test_merging_and_unloading(folder, tokens, adapter, tmp_path, safe_merge):
     expected = logits_of(PeftModel.from_pretrained(resident(folder), adapter).merge_and_unload(), tokens)
     model = PeftModel.from_pretrained(on_disk(folder), adapter).merge_and_unload(safe_merge=safe_merge)

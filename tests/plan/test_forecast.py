@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cluscomp_peft.cli import main
 from cluscomp_peft.plan import Settings, plan
+from tests.grids import grid, quick
 from tests.plan.forecasts import GIB, LLAMA_70B, SMALL, forecast, part, parts, saved, trainable
 
 
@@ -95,9 +96,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), *((name, "bfloat16") for name in MODELS)])
-def test_kept_activations_are_those_of_autograd(tmp_path, name, dtype):
-    config = MODELS[name]
+@grid(name=quick(["llama in fp32", *MODELS], "llama in fp32", "gemma2, scores of seqlen²", "gpt2, Conv1D"))
+def test_kept_activations_are_those_of_autograd(tmp_path, name):
+    config = MODELS[name.removesuffix(" in fp32")]
+    dtype = "float32" if name.endswith("fp32") else "bfloat16"
     kept = {}
     for layers in (2, 4):
         config.num_hidden_layers = layers

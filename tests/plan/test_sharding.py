@@ -14,6 +14,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from cluscomp_peft.cli import main
 from cluscomp_peft.plan.installed import zero
+from tests.grids import grid, quick
 from tests.plan.forecasts import ENGINES, GIB, LLAMA_70B, SMALL, forecast, part, parts, saved, trainable
 
 DENSE = "embeddings, head, norms, biases"
@@ -82,7 +83,7 @@ def test_70_billion_parameters_on_8_devices_of_24_gib(large, capsys):
     assert found["DeepSpeed's bucket of gradients"] == 2 * zero().bucket
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@grid(engine=quick(ENGINES, "fsdp2", "zero2"))
 def test_more_devices_never_hold_more_each(tmp_path, capsys, engine):
     folder = saved(tmp_path, LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": 8}))
     reports = [spread(capsys, folder, devices, engine, "--bits", "2") for devices in (2, 3, 4, 8)]
@@ -203,8 +204,7 @@ def test_text_names_devices_engine_and_global_batch(tmp_path, capsys):
         assert all(len(line) <= 260 for line in lines)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@grid(engine=ENGINES, device=["cuda", "cpu"])
 def test_engines_know_every_dtype_and_device(tmp_path, capsys, engine, device):
     folder = saved(tmp_path, GPT2Config(vocab_size=160, n_embd=48, n_layer=2, n_head=4, n_positions=512))
     for dtype in ("float32", "bfloat16"):

@@ -18,6 +18,7 @@ from transformers import (
 
 from cluscomp_peft import ClusCompConfig
 from tests.conftest import WORDS, config_for, logits_of, train_briefly
+from tests.grids import grid, quick
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -104,7 +105,7 @@ def deltas(model, adapter: str = "default") -> set[str]:
 # -- SFT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "compressed", "dense"))
 def test_sft_trains_deltas_and_nothing_else(sft, base_for, kind, tokens, tmp_path):
     trainer = sft(kind)
     model = trainer.model
@@ -123,7 +124,7 @@ def test_sft_trains_deltas_and_nothing_else(sft, base_for, kind, tokens, tmp_pat
         assert not torch.equal(logits_of(model, tokens), trained)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "born"))
 def test_sft_goes_on_from_a_loaded_adapter(base_for, trained_dir, tokenizer, kind, tokens, tmp_path):
     model = PeftModel.from_pretrained(base_for(kind), trained_dir(kind), is_trainable=True)
     start = logits_of(model, tokens)
@@ -139,7 +140,7 @@ def test_sft_goes_on_from_a_loaded_adapter(base_for, trained_dir, tokenizer, kin
     assert changed(model, before) == deltas(model)
 
 
-@pytest.mark.parametrize("kind", ["compressed", "dense"])
+@grid(kind=quick(["compressed", "dense"], "compressed"))
 def test_gradient_checkpointing_changes_nothing(sft, kind):
     trainers = [sft(kind, gradient_checkpointing=on, max_steps=2) for on in (False, True)]
     for trainer in trainers:
@@ -151,7 +152,7 @@ def test_gradient_checkpointing_changes_nothing(sft, kind):
     assert all(torch.equal(checkpointed[name], value) for name, value in plain.items())
 
 
-@pytest.mark.parametrize("kind", ["compressed", "dense"])
+@grid(kind=quick(["compressed", "dense"], "dense"))
 def test_bf16_autocast_keeps_deltas_in_fp32(sft, kind):
     trainer, reference = sft(kind, bf16=True, max_steps=2), sft(kind, max_steps=2)
     before = snapshot(trainer.model)
@@ -163,7 +164,7 @@ def test_bf16_autocast_keeps_deltas_in_fp32(sft, kind):
     assert losses(trainer) != losses(reference)  # autocast was on
 
 
-@pytest.mark.parametrize("kind", ["compressed", "dense"])
+@grid(kind=quick(["compressed", "dense"], "compressed"))
 def test_a_resumed_run_is_the_uninterrupted_one(sft, kind, tmp_path):
     schedule = dict(max_steps=6, save_strategy="steps", save_steps=3, lr_scheduler_type="cosine")
     whole = sft(kind, **schedule)
@@ -177,7 +178,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(sft, kind, tmp_path):
     assert changed(resumed.model, expected) == set()
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+@grid(optim=quick(["adamw_8bit", "paged_adamw_8bit"], "paged_adamw_8bit"))
 def test_eight_bit_adamw_trains(sft, optim):
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
@@ -219,7 +220,7 @@ def dpo(model, tokenizer, folder, **changes) -> trl.DPOTrainer:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "dense"))
 def test_dpo_of_a_fresh_adapter_refers_to_the_base(base_for, tokenizer, kind, tokens, tmp_path):
     trainer = dpo(base_for(kind), tokenizer, tmp_path, peft_config=config_for(kind))
     model = trainer.model
@@ -234,7 +235,7 @@ def test_dpo_of_a_fresh_adapter_refers_to_the_base(base_for, tokenizer, kind, to
         assert torch.equal(logits_of(model, tokens), start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "compressed"))
 def test_dpo_of_a_continued_adapter_refers_to_where_it_began(base_for, trained_dir, tokenizer, kind, tokens, tmp_path):
     model = PeftModel.from_pretrained(base_for(kind), trained_dir(kind), is_trainable=True)
     start = logits_of(model, tokens)
@@ -268,8 +269,7 @@ def reward(completions: list[str], **kwargs) -> list[float]:
     return [sum(1 - number % 2 + number / 1000 for number in found) / max(len(found), 1) for found in numbers]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("begin", ["fresh", "continued"])
+@grid(kind=quick(KINDS, "compressed", "born"), begin=["fresh", "continued"])
 def test_grpo_trains_on_its_own_generations(base_for, trained_dir, tokenizer, kind, begin, tokens, tmp_path):
     if begin == "fresh":
         model, config = base_for(kind), config_for(kind)
@@ -338,7 +338,7 @@ def plain_settings(folder) -> dict:
     return {name: value for name, value in settings(folder).items() if name != "gradient_checkpointing"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "born"))
 def test_the_trainer_of_transformers_trains_an_adapter(base_for, kind, tokens, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1).tolist()]
     model = get_peft_model(base_for(kind), config_for(kind))

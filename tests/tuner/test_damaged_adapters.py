@@ -16,7 +16,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import config_for, logits_of
+from tests.conftest import config_for, load, logits_of
+from tests.grids import grid, quick
 from tests.tuner.test_bad_input import assert_untouched
 
 KINDS = ["compressed", "born", "dense"]
@@ -56,7 +57,7 @@ def adapter(saved, tmp_path):
 
 @pytest.fixture
 def base(dense_dir, compressed_dir):
-    return lambda kind: AutoModelForCausalLM.from_pretrained(compressed_dir if kind == "compressed" else dense_dir)
+    return lambda kind: load(compressed_dir if kind == "compressed" else dense_dir)
 
 
 def replace(key: str, change):
@@ -134,9 +135,9 @@ CASES += [(kind, "digest", replace("cluscomp_code_digest", flipped)) for kind in
 CASES += [("compressed", "codes of its own", lambda tensors: tensors.update({UP + "codes": torch.zeros(3, 3).byte()}))]
 
 
-@pytest.mark.parametrize("way", ["peft", "mixin"])
-@pytest.mark.parametrize(("kind", "name", "change"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_damage_is_found_before_the_model_is_touched(adapter, base, kind, name, change, way, tokens):
+@grid(case={f"{kind}-{name}": (kind, name, change) for kind, name, change in CASES}, way=["peft", "mixin"])
+def test_damage_is_found_before_the_model_is_touched(adapter, base, case, way, tokens):
+    kind, _, change = case
     model = base(kind)
     expected = logits_of(model, tokens)
     with pytest.raises(ValueError, match=r"damaged|has no|belongs to another|would not be loaded|NaN or infinite"):
@@ -172,8 +173,7 @@ def adapter_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return other
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [{"num_blocks": 3}, {"train_scales": False}, {"num_blocks": None, "rank": 2}])
+@grid(kind=KINDS, config=[{"num_blocks": 3}, {"train_scales": False}, {"num_blocks": None, "rank": 2}])
 def test_a_config_of_another_adapter(adapter, base, kind, config, tokens):
     model = base(kind)
     expected = logits_of(model, tokens)
@@ -182,8 +182,7 @@ def test_a_config_of_another_adapter(adapter, base, kind, config, tokens):
     assert_untouched(model, expected, tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [drop("cluscomp_delta.scale_in"), replace("cluscomp_delta.codebook", wider)])
+@grid(kind=KINDS, change=[drop("cluscomp_delta.scale_in"), replace("cluscomp_delta.codebook", wider)])
 def test_an_adapter_that_is_there_is_not_half_overwritten(adapter, base, kind, change, tokens):
     """What a Trainer does when it resumes: PEFT reads no config then."""
     model = get_peft_model(base(kind), config_for(kind, init_weights=False, num_blocks=2))
@@ -239,8 +238,7 @@ def test_other_codebooks_that_arrive_are_a_warning(adapter, base, tokens):
     model(tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@grid(kind=KINDS, value=[float("nan"), float("inf")])
 def test_units_that_are_no_numbers_when_they_arrive(saved, base, kind, value, tokens):
     model = get_peft_model(base(kind), replaced(PeftConfig.from_pretrained(saved[kind])))
     state = PeftModel.from_pretrained(base(kind), saved[kind]).state_dict()
@@ -250,8 +248,7 @@ def test_units_that_are_no_numbers_when_they_arrive(saved, base, kind, value, to
         model(tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@grid(kind=KINDS, value=[float("nan"), float("inf")])
 def test_numbers_that_are_none(adapter, base, kind, value, tokens):
     def change(tensors):
         tensors[UP + "cluscomp_delta.scale_in"][3] = value
@@ -319,7 +316,7 @@ def test_files_of_a_repository_are_checked_too(saved, adapter, base, tokens, tmp
     assert_untouched(model, expected, tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@grid(kind=quick(KINDS, "born"))  # whose file holds most
 def test_headers_and_bytes_mutated_at_random(saved, base, kind, tokens, tmp_path):
     """Either an error, or a model that computes with numbers of the shapes that were saved."""
     generator = random.Random(7)

@@ -16,29 +16,22 @@ from transformers import AutoModelForCausalLM
 from cluscomp_peft import ClusCompQuantizationConfig, ClusteredLinear
 from cluscomp_peft.hf.evaluate import true_bits
 from cluscomp_peft.ops.backends import cpu
-from tests.conftest import BORN, config_for, logits_of, tiny_llama, train_briefly
+from tests.conftest import BORN, config_for, load, logits_of, tiny_llama, train_briefly
 from tests.grids import grid
 from tests.ops import harness as backends
 
 KINDS = ["compressed", "born", "dense"]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.fixture(params=KINDS)
-def kind(request) -> str:
-    return request.param
-
-
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
-def dtype(request) -> torch.dtype:
-    return request.param
+each = grid(kind=KINDS, dtype=DTYPES)
 
 
 @pytest.fixture
 def base(kind, dtype, dense_dir, compressed_dir):
     """A function that loads a fresh base model."""
     folder = compressed_dir if kind == "compressed" else dense_dir
-    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return lambda: load(folder, dtype)
 
 
 @pytest.fixture
@@ -52,6 +45,7 @@ def trained(kind, base, tokens):
     return model, before, after
 
 
+@each
 def test_a_fresh_adapter_changes_nothing(kind, base, tokens):
     expected = logits_of(base(), tokens)
     model = get_peft_model(base(), config_for(kind))
@@ -61,7 +55,7 @@ def test_a_fresh_adapter_changes_nothing(kind, base, tokens):
     assert torch.equal(logits_of(model, tokens), expected)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@grid(kind=KINDS, dtype=DTYPES, low_cpu_mem_usage=[False, True])
 def test_a_reloaded_adapter_gives_equal_logits(trained, base, tokens, tmp_path, low_cpu_mem_usage):
     model, _, expected = trained
     model.save_pretrained(tmp_path)
@@ -70,6 +64,7 @@ def test_a_reloaded_adapter_gives_equal_logits(trained, base, tokens, tmp_path, 
     assert not any(parameter.device.type == "meta" for parameter in loaded.parameters())
 
 
+@each
 def test_every_way_of_loading_gives_equal_logits(trained, base, dtype, tokens, tmp_path):
     model, _, expected = trained
     model.save_pretrained(tmp_path)
@@ -80,6 +75,7 @@ def test_every_way_of_loading_gives_equal_logits(trained, base, dtype, tokens, t
     assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), tokens), expected)
 
 
+@each
 def test_a_twice_saved_adapter_has_equal_files(trained, base, tmp_path):
     model, _, _ = trained
     model.save_pretrained(tmp_path / "one")
@@ -94,6 +90,7 @@ def test_a_twice_saved_adapter_has_equal_files(trained, base, tmp_path):
     assert len(one) == len(three)
 
 
+@each
 def test_merging_and_unmerging_are_exact(trained, tokens):
     model, before, after = trained
     model.merge_adapter()
@@ -105,6 +102,7 @@ def test_merging_and_unmerging_are_exact(trained, tokens):
         assert torch.equal(logits_of(model, tokens), before)
 
 
+@each
 def test_the_merged_model_reloads_with_equal_logits(trained, kind, tokens, tmp_path, dtype):
     model, _, expected = trained
     merged = model.merge_and_unload()
@@ -116,6 +114,7 @@ def test_the_merged_model_reloads_with_equal_logits(trained, kind, tokens, tmp_p
     assert torch.equal(logits_of(loaded, tokens), expected)
 
 
+@each
 def test_disabling_gives_the_base(trained, tokens):
     model, before, after = trained
     with model.disable_adapter():
@@ -123,6 +122,7 @@ def test_disabling_gives_the_base(trained, tokens):
     assert torch.equal(logits_of(model, tokens), after)
 
 
+@each
 def test_two_adapters_do_not_touch_each_other(trained, kind, tokens):
     model, before, after = trained
     model.add_adapter("other", config_for(kind))
@@ -138,6 +138,7 @@ def test_two_adapters_do_not_touch_each_other(trained, kind, tokens):
     assert torch.equal(logits_of(model, tokens), other)
 
 
+@each
 def test_merging_two_adapters_equals_running_both(trained, kind, tokens):
     model, _, _ = trained
     model.add_adapter("other", config_for(kind, init_weights=False))
@@ -148,8 +149,9 @@ def test_merging_two_adapters_equals_running_both(trained, kind, tokens):
     assert torch.equal(logits_of(model, tokens), both)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_merging_one_delta_codebook_keeps_the_true_bits(compressed_dir, tokens, dtype):
-    base = AutoModelForCausalLM.from_pretrained(compressed_dir, dtype=dtype)
+    base = load(compressed_dir, dtype)
     bits = true_bits(base)
     model = get_peft_model(base, config_for("compressed", num_blocks=1))
     train_briefly(model, tokens)
@@ -169,6 +171,7 @@ def test_merging_several_delta_codebooks_counts_them(compressed_dir, tokens, tmp
     assert merged.true_bits == pytest.approx(bits + extra)
 
 
+@each
 def test_an_adapter_continues_on_a_merged_base(trained, kind, tokens, tmp_path):
     model, _, expected = trained
     merged = model.merge_and_unload()
@@ -180,6 +183,7 @@ def test_an_adapter_continues_on_a_merged_base(trained, kind, tokens, tmp_path):
     assert torch.equal(logits_of(again.merge_and_unload(), tokens), trained_on)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_compressed_checkpoints_round_trip(compressed_dir, dtype, tokens, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(compressed_dir, dtype=dtype)
     model.save_pretrained(tmp_path)

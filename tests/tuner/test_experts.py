@@ -15,6 +15,7 @@ from cluscomp_peft.experts import fused_stacks
 from cluscomp_peft.linear import ClusteredLinear
 from cluscomp_peft.tuner.layer import ClusCompLayer
 from tests.conftest import logits_of, train_briefly
+from tests.grids import grid
 from tests.mixtures import tiny_mixture
 
 SETTINGS = dict(group_size=2, num_clusters=16)
@@ -48,8 +49,7 @@ def adapted(model) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("base", ["compressed", "born", "dense"])
+@grid(family=list(FAMILIES), base=["compressed", "born", "dense"])
 def test_an_adapter_trains_experts_and_merges_exactly(family, base, folders, tmp_path, tokens):
     dense, compressed = folders(family)
     folder = compressed if base == "compressed" else dense

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from transformers import AutoModelForCausalLM
 
-from tests.conftest import config_for, logits_of, train_briefly
+from tests.conftest import config_for, load, logits_of, train_briefly
+from tests.grids import grid
 
 KINDS = ["compressed", "born", "dense"]
 
@@ -28,7 +28,7 @@ def kind(request) -> str:
 def base(kind, dense_dir, compressed_dir):
     """A function that loads a fresh base model."""
     folder = compressed_dir if kind == "compressed" else dense_dir
-    return lambda: AutoModelForCausalLM.from_pretrained(folder)
+    return lambda: load(folder)
 
 
 @pytest.fixture
@@ -99,8 +99,7 @@ LOADERS = [plain, assigned, pickled, safetensors, accelerated, distributed, in_p
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("receiver", RECEIVERS.values(), ids=RECEIVERS)
-@pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
+@grid(loader=LOADERS, receiver=RECEIVERS, kind=KINDS)
 def test_a_full_state_dict(trained, base, kind, receiver, loader, tokens, tmp_path):
     expected = logits_of(trained, tokens)
     trained.save_pretrained(tmp_path)
@@ -124,14 +123,14 @@ def reload(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@grid(make=COPIES, kind=KINDS)
 def test_copies(trained, tokens, make):
     expected, copied = logits_of(trained, tokens), make(trained)
     assert torch.equal(logits_of(copied, tokens), expected)
     assert train_briefly(copied, tokens) == train_briefly(trained, tokens)
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@grid(kind=KINDS, merged=[False, True])
 def test_an_adapter_continues_in_the_units_of_the_state_it_was_given(trained, base, kind, tokens, tmp_path, merged):
     """With an optimiser's state beside it, as `accelerator.load_state` brings it."""
     trained.save_pretrained(tmp_path)
@@ -151,8 +150,7 @@ def without_units(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return kept
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("receiver", RECEIVERS.values(), ids=RECEIVERS)
+@grid(kind=KINDS, receiver=RECEIVERS, strict=[False, True])
 def test_numbers_without_their_units_are_refused(trained, base, kind, receiver, tmp_path, strict):
     trained.save_pretrained(tmp_path)
     model = receiver(base, kind, tmp_path)
@@ -160,8 +158,7 @@ def test_numbers_without_their_units_are_refused(trained, base, kind, receiver, 
         model.load_state_dict(without_units(trained.state_dict()), strict=strict)
 
 
-@pytest.mark.parametrize("way", ["peft", "low memory", "mixin", "resume"])
-@pytest.mark.parametrize("version", ["older", "present"])
+@grid(way=["peft", "low memory", "mixin", "resume"], version=["older", "present"], kind=KINDS, pairs=True)
 def test_adapter_files(trained, base, kind, tokens, tmp_path, way, version):
     expected = logits_of(trained, tokens)
     trained.save_pretrained(tmp_path)
@@ -184,7 +181,7 @@ def test_adapter_files(trained, base, kind, tokens, tmp_path, way, version):
         assert train_briefly(model, tokens) == train_briefly(trained, tokens)
 
 
-@pytest.mark.parametrize("receiver", ["saved config", "other units"])
+@grid(kind=KINDS, receiver=["saved config", "other units"])
 def test_an_adapter_file_set_by_hand(trained, base, kind, receiver, tokens, tmp_path):
     """Past every hook: the file's tensors, renamed to the model's keys."""
     expected = logits_of(trained, tokens)

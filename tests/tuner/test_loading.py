@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompConfig
 from cluscomp_peft.tuner.clustered_layer import ClusCompLinear
-from tests.conftest import config_for, logits_of
+from tests.conftest import config_for, load, logits_of
+from tests.grids import grid
 
 KINDS = ["compressed", "born", "dense"]
 
@@ -26,7 +27,7 @@ def kind(request) -> str:
 def base(kind, dense_dir, compressed_dir):
     """A function that loads a fresh base model."""
     folder = compressed_dir if kind == "compressed" else dense_dir
-    return lambda: AutoModelForCausalLM.from_pretrained(folder)
+    return lambda: load(folder)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_saving_writes_facts_into_the_file_and_not_into_the_config(saved):
     assert not config.is_saved and not config.carries_codes
 
 
-@pytest.mark.parametrize("way", ["mixin", "state dict"])
+@grid(kind=KINDS, way=["mixin", "state dict"])
 def test_loaders_that_call_nobody_end_in_an_adapter_like_any_other(saved, base, way, tokens, tmp_path):
     model, folder, expected = saved
     if way == "mixin":

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompLayer, offloading
 from cluscomp_peft.deltas import Delta
-from tests.conftest import config_for, logits_of
+from tests.conftest import config_for, load, logits_of
+from tests.grids import grid
 from tests.test_linear import CLUSTERS, GROUP, IN, clustered, delta, inputs
 
 KINDS = ["compressed", "born", "dense"]
@@ -28,7 +29,7 @@ def kind(request) -> str:
 @pytest.fixture
 def model(kind, dense_dir, compressed_dir):
     """With a random adapter of two delta codebooks."""
-    base = AutoModelForCausalLM.from_pretrained(compressed_dir if kind == "compressed" else dense_dir)
+    base = load(compressed_dir if kind == "compressed" else dense_dir)
     return get_peft_model(base, config_for(kind, init_weights=False, num_blocks=2))
 
 
@@ -62,8 +63,7 @@ class Interrupts:
 # -- all or nothing
 
 
-@pytest.mark.parametrize("already", [False, True])
-@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+@grid(kind=KINDS, way=["merge_adapter", "merge_and_unload"], already=[False, True])
 def test_nan_in_the_last_layer_leaves_every_layer_alone(model, kind, tokens, way, already):
     model.add_adapter("other", config_for(kind, init_weights=False))
     if already:
@@ -84,8 +84,7 @@ def name_of(model, module) -> str:
     return next(name for name, other in model.named_modules() if other is module)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 20, 30])
-@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload", "unmerge_adapter"])
+@grid(way=["merge_adapter", "merge_and_unload", "unmerge_adapter"], kind=KINDS, at=[1, 2, 3, 20, 30], pairs=True)
 def test_an_interrupt_leaves_all_layers_as_they_were(model, kind, tokens, monkeypatch, at, way):
     if kind == "dense" and (at > 14 or (way == "merge_and_unload" and at > 1)):
         pytest.skip("14 weights; of a dense base none is kept: see below")
@@ -206,7 +205,7 @@ def cast_parameters(model, dtype):
     return model
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@grid(change=CHANGES, kind=KINDS)
 def test_what_merging_keeps_goes_along(model, tokens, change):
     """Changing and unmerging gives what changing without ever merging does."""
     expected = change(copy.deepcopy(model))

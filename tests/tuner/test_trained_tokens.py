@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from cluscomp_peft import ClusCompConfig
-from tests.conftest import config_for, logits_of, train_briefly
+from tests.conftest import config_for, load, logits_of, train_briefly
+from tests.grids import grid
 from tests.hf.test_device_map import MAP
 from tests.recipes.test_trl import TEXT, settings
 from tests.tuner.test_merging import assert_equal, numbers
@@ -27,10 +28,10 @@ def kind(request) -> str:
 def base(kind, dense_dir, compressed_dir):
     """A function that loads a fresh base model."""
     folder = compressed_dir if kind == "compressed" else dense_dir
-    return lambda **options: AutoModelForCausalLM.from_pretrained(folder, **options)
+    return lambda **options: load(folder, **options)
 
 
-@pytest.mark.parametrize("indices", [[5, 6, 90], {"embed_tokens": [5, 6, 90]}])
+@grid(kind=KINDS, indices=[[5, 6, 90], {"embed_tokens": [5, 6, 90]}])
 def test_tokens_are_trained_saved_loaded_and_merged(base, kind, indices, tokens, tmp_path):
     tokens = torch.cat([tokens, torch.full_like(tokens, 5)], 1)
     model = get_peft_model(base(), config_for(kind, trainable_token_indices=indices))

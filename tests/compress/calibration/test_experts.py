@@ -20,6 +20,7 @@ from cluscomp_peft.compress.stream.source import DenseCheckpoint
 from cluscomp_peft.experts import unfuse
 from cluscomp_peft.upstream.transformers import renaming_of
 from tests.conftest import WORDS, logits_of
+from tests.grids import grid, quick
 from tests.mixtures import FAMILIES, tiny_mixture
 
 
@@ -128,10 +129,7 @@ def test_an_expert_costs_what_its_share_of_the_tokens_costs(tmp_path, tokens):
     assert 0 < share < 1 and found[name] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in ("mixtral", "gpt_oss") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+@grid(family=quick(list(FAMILIES), "mixtral", "gpt_oss"))
 def test_calibration_brings_outputs_nearer(family, tmp_path, text, tokenizer, tokens):
     dense = tiny_mixture(family)
     dense.save_pretrained(tmp_path / "dense")

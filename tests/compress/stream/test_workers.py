@@ -23,7 +23,6 @@ from tests import warm
 from tests.conftest import tiny_llama
 
 TIMED = {"cluscomp_report.json", "report.html", "README.md"}
-COMMAND = [sys.executable, "-m", "cluscomp_peft.cli", "compress"]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 
 
@@ -46,15 +45,6 @@ def alone(tmp_path_factory, dense) -> str:
     target = str(tmp_path_factory.mktemp("alone") / "out")
     compress_checkpoint(dense, target, quick_config())
     return target
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory, tokenizer) -> str:
-    """Blocks that take a moment each."""
-    folder = str(tmp_path_factory.mktemp("slow"))
-    tiny_llama(num_hidden_layers=6, hidden_size=512, intermediate_size=1024).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -90,30 +80,35 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_for(condition, seconds: float = 60):
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-    return value
+# The command, which waits for a line after the first shard: whatever the machine's load, it is then at work.
+PAUSING = """
+import sys
+from cluscomp_peft.cli import main
+from cluscomp_peft.compress.stream.journal import Journal
+commit = Journal.commit
+def pausing(self, **content):
+    commit(self, **content)
+    if content.get("done"):
+        Journal.commit = commit
+        print("at work", flush=True)
+        sys.stdin.readline()
+Journal.commit = pausing
+sys.exit(main())
+"""
 
 
-def started(source: str, target: Path, workers: int) -> subprocess.Popen:
-    flags = ["--bits", "4", "--workers", str(workers), "--device", "cpu"]
-    return subprocess.Popen(
-        [*COMMAND, source, str(target), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def started(source: str, target: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A run with two workers that has finished a shard and has more to do, and the workers; waits for a line."""
+    arguments = ["compress", source, str(target), "--bits", "4", "--workers", "2", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSING, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-
-
-def at_work(process: subprocess.Popen, target: Path) -> list[int]:
-    """The workers of a run that has finished a shard, and has more to do."""
-
-    def ready() -> bool:
-        assert process.poll() is None, process.communicate()
-        return shards_done(target) >= 1
-
-    wait_for(ready)
-    return children(process.pid)
+    assert process.stdout.readline() == "at work\n", process.communicate()
+    return process, children(process.pid)
 
 
 def shards_done(target: Path) -> int:
@@ -169,12 +164,11 @@ def test_other_workers_go_on_where_some_ended(dense, alone, tmp_path, monkeypatc
 
 @pytest.mark.slow
 @needs_proc
-def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(slow, tmp_path, capsys):
+def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(dense, tmp_path, capsys):
     target = tmp_path / "out"
-    process = started(slow, target, 2)
-    victims = at_work(process, target)
+    process, victims = started(dense, target)
     os.kill(victims[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate("go on\n")
     line = err.strip().splitlines()[-1]
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     assert f"process {victims[0]}) was killed by signal 9 while it made model-0000" in line
@@ -183,9 +177,9 @@ def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(slow, tmp_pat
     assert os.listdir(tmp_path) == [".out.partial"]
 
     config = ClusCompQuantizationConfig(bits=4)
-    compress_checkpoint(slow, str(target), config, device="cpu")
+    compress_checkpoint(dense, str(target), config, device="cpu")
     assert "resuming at " in capsys.readouterr().err
-    compress_checkpoint(slow, str(tmp_path / "whole"), config, device="cpu")
+    compress_checkpoint(dense, str(tmp_path / "whole"), config, device="cpu")
     assert contents(target) == contents(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
@@ -193,16 +187,16 @@ def test_a_killed_worker_ends_the_run_and_the_next_one_finishes_it(slow, tmp_pat
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_do_not_outlive_the_run(how, slow, tmp_path):
+def test_workers_do_not_outlive_the_run(how, dense, tmp_path):
     target = tmp_path / "out"
-    process = started(slow, target, 2)
-    workers = at_work(process, target)
+    process, workers = started(dense, target)
     assert len(workers) == 2
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()  # until nobody holds the other end, workers included
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in err
-    wait_for(lambda: not any(running(pid) for pid in workers), 5)
+    while any(running(pid) for pid in workers):
+        time.sleep(0.02)
     assert shards_done(target) >= 1
 
 

@@ -395,13 +395,18 @@ def test_finish_compiles(kernels, tmp_path, monkeypatch):
 
 @direct
 @needs_triton
-@pytest.mark.parametrize(
-    "capability, kind, scales, group_size, bits, blocks",
-    [(90, "*bf16", None, 4, 12, 1), (80, "*bf16", "*fp32", 3, 16, 16), (86, "*fp32", "*fp32", 5, 8, 1)],
+@grid(
+    launch=quick(
+        {
+            "90": (90, "*bf16", None, 4, 12, 1),
+            "80": (80, "*bf16", "*fp32", 3, 16, 16),
+            "86": (86, "*fp32", "*fp32", 5, 8, 1),
+        },
+        "90",
+    )
 )
-def test_segment_grad_compiles(
-    kernels, tmp_path, monkeypatch, cuda, capability, kind, scales, group_size, bits, blocks
-):
+def test_segment_grad_compiles(kernels, tmp_path, monkeypatch, cuda, launch):
+    capability, kind, scales, group_size, bits, blocks = launch
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     device = triton_tuning.Device(divmod(capability, 10), 132)
     tile = triton_tuning.grad_tile(2048, 4096, 4096, _DTYPES[kind].itemsize, device)
