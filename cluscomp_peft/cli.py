@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The `cluscomp` command: compress, finetune, merge, chat, inspect, evaluate, export, plan."""
+"""The `cluscomp` command: compress, finetune, merge, chat, inspect, evaluate, export, push, plan."""
 
 from __future__ import annotations
 
@@ -212,6 +212,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model")
     export.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     export.set_defaults(run=commands.export)
+
+    push = subparsers.add_parser(
+        "push", help="upload a folder of a model or an adapter to the hub, with card and report"
+    )
+    push.add_argument("path", metavar="DIR", help="folder that compress, merge, finetune or export wrote")
+    push.add_argument("repo", metavar="OWNER/NAME", help="hub id; the repository is made if there is none")
+    push.add_argument("--base", metavar="OWNER/NAME", help="of an adapter: hub id of its base")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
+    push.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
+    push.set_defaults(run=commands.push)
 
     plan = subparsers.add_parser("plan", help="say what a model needs in memory, and which settings fit")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from importlib import import_module
 from typing import Any
 
-__all__ = ["chat", "compress", "evaluate", "export", "finetune", "inspect", "merge", "plan", "printable"]
+__all__ = ["chat", "compress", "evaluate", "export", "finetune", "inspect", "merge", "plan", "printable", "push"]
 
 _OF_TRAINING = ("datasets", "trl")
 _OF_CALIBRATION = ("samples", "seqlen", "feedback", "epochs")
@@ -259,6 +259,16 @@ def _export_gguf(options: argparse.Namespace) -> None:
         f"{options.target}: {summary['tensors']} tensors as {kind}, {summary['bytes'] / 1e6:.1f} MB, "
         f"{summary['seconds']:.1f} s"
     )
+
+
+def push(options: argparse.Namespace) -> None:
+    from .export.push import push_folder
+
+    done = push_folder(options.path, options.repo, base=options.base, private=options.private)
+    if options.json:
+        print(json.dumps(done))
+        return
+    print(f"{options.path}: {len(done['files'])} files, {done['bytes'] / 1e6:.1f} MB, in {done['url']}")
 
 
 def plan(options: argparse.Namespace) -> None:

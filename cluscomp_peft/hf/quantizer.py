@@ -117,6 +117,7 @@ class ClusCompHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         refuse_tensor_parallel(model)
+        model.add_model_tags("cluscomp")  # of cards that transformers and PEFT write, on `push_to_hub` for one
         if not self.pre_quantized:
             refuse_packed(kwargs.get("checkpoint_files") or [])
             stacks = unfuse(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
-__all__ = ["adapter_card", "license_of", "loading_example", "merged_card", "model_card"]
+__all__ = ["adapter_card", "license_of", "loading_example", "merged_card", "model_card", "renamed_card"]
 
 _IMPORT = """\
 # pip install cluscomp_peft: without it PEFT stops with KeyError: 'CLUSCOMP', and transformers loads random weights
@@ -147,6 +147,25 @@ Merging it is exact and stays compressed: `cluscomp merge {name} OUT`, or `model
 
 {_METHOD}"""
     return _card(text, "peft", summary if summary else {"source": base}, licence)
+
+
+def renamed_card(text: str, places: Mapping[str, str], base: str | None = None) -> str:
+    """A card as the hub shall have it.
+
+    Args:
+        text (`str`): The card that lies in a folder.
+        places: Names of folders, as its words and its code have them, to hub ids.
+        base (`str`, *optional*): Hub id of the model that it was made from, for the front matter.
+    """
+    for name, repo in places.items():
+        text = text.replace(json.dumps(name, ensure_ascii=False), json.dumps(repo))
+        text = text.replace(f"cluscomp merge {name} OUT", f"cluscomp merge BASE OUT --adapter {repo}")
+        text = text.replace(f"deltas of the codebooks of {name} (", f"deltas of the codebooks of {repo} (")
+        text = text.replace(f"\n# {name}\n", f"\n# {repo}\n")
+    card = ModelCard(text)
+    if base is not None:
+        card.data["base_model"] = base
+    return str(card)
 
 
 def _card(text: str, library: str, summary: Mapping[str, Any], licence: str | None) -> str:
