@@ -32,11 +32,14 @@ def quick(every: Iterable[Any] | Mapping[str, Any], *named: Any) -> Values:
     return values
 
 
-def grid(pairs: bool = False, **arguments: Iterable[Any] | Mapping[str, Any] | Values) -> Callable:
+def grid(
+    pairs: bool = False, indirect: bool = False, **arguments: Iterable[Any] | Mapping[str, Any] | Values
+) -> Callable:
     """Parametrises a test by the product of its arguments; cases outside of the covering share are slow ones.
 
     Args:
         pairs: Whether each pair of values of two arguments is in a quick case, instead of each value.
+        indirect: Whether they are parameters of fixtures, as in `pytest.mark.parametrize`.
         arguments: Their values, as a sequence, as a mapping from ids, or as [`quick`] has them.
     """
     axes = [_axis(values) for values in arguments.values()]
@@ -62,6 +65,7 @@ def grid(pairs: bool = False, **arguments: Iterable[Any] | Mapping[str, Any] | V
             )
             for case in cases
         ],
+        indirect=indirect,
     )
 
 

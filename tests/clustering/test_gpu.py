@@ -1,7 +1,7 @@
 """The CUDA engine: its kernels in Triton's interpreter, compiled without a GPU, and on one; the density start.
 
 The interpreter must be asked for before Triton is imported, so those tests run in a process of their own, which
-`test_the_kernels_in_the_interpreter` starts on this file.
+`tests/test_interpreter.py` starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from cluscomp_peft.clustering.start import density_start
 from tests.grids import grid, quick
-from tests.ops.harness import INTERPRETED, needs_triton, run_in_the_interpreter, shares
+from tests.ops.harness import INTERPRETED, needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
@@ -59,12 +59,6 @@ def odd(kind: str, total: int, dim: int) -> torch.Tensor:
 
 def squares(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return (vectors[:, None].double() - centroids[None].double()).square().sum(2)
-
-
-@needs_triton
-@shares
-def test_the_kernels_in_the_interpreter(share):
-    run_in_the_interpreter(__file__, share, "--noconftest")
 
 
 @direct

@@ -23,6 +23,7 @@ from cluscomp_peft.compress.budget.coverage import coverage_line
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
 from tests import warm
 from tests.conftest import config_for
+from tests.grids import grid, quick
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SEQ2SEQ = dict(
@@ -125,7 +126,7 @@ def config_of(folder) -> dict:
         return json.load(file)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@grid(kind=quick(list(MODELS), "t5", "bert", "embedding", "vit", "zamba 2", "gemma 3 with images"))
 def test_a_model_is_compressed_as_what_it_is(kind, saved, tmp_path, capsys):
     source, target = saved(kind), str(tmp_path / "out")
     flags = ["--group-size", "2", "--num-clusters", "16", "--quality", "fast"]
@@ -164,7 +165,7 @@ def test_text_does_not_calibrate_what_does_not_continue_it(kind, saved, tmp_path
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
-@pytest.mark.parametrize("kind", ["qwen 2.5 with images", "gemma 3 with images"])
+@grid(kind=quick(["qwen 2.5 with images", "gemma 3 with images"], "gemma 3 with images"))
 def test_text_calibrates_what_continues_it_and_leaves_the_eyes_alone(kind, saved, tokenizer, tmp_path):
     """Qwen's tower for images holds more weights here than its language model, and text never reaches it."""
     source, text = tmp_path / "source", tmp_path / "text.txt"

@@ -268,7 +268,7 @@ def test_workers_and_the_built_in_text(bytewise, dense, tmp_path):
 # -- what is written
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@grid(family=quick(list(FAMILIES), "llama, tied", "gemma2", "qwen3"))
 def test_a_calibrated_checkpoint_is_what_its_codes_say(family, dense, text, tokenizer, tokens, tmp_path):
     source, target = dense(family), str(tmp_path / "out")
     summary = compress_checkpoint(source, target, quick_config(scales=True), calibration=text, **QUICK)

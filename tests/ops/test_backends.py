@@ -1,5 +1,5 @@
 """The contract of `cluscomp_peft.ops.backends`, which holds for every backend: the reference, the CPU kernels, and
-Triton's in its interpreter. The sections have the contract's numbers."""
+Triton's in its interpreter (`tests/test_interpreter.py`). The sections have the contract's numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluscomp_peft.ops.backends import cpu, reference
 from cluscomp_peft.ops.backends.cpu import compilation
 from cluscomp_peft.ops.packed_weight import PackedWeight
 from tests.grids import grid
-from tests.ops.harness import BACKENDS, INTERPRETED, backend, needs_triton, run_in_the_interpreter, shares, use_backend
+from tests.ops.harness import BACKENDS, INTERPRETED, backend, use_backend
 
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 IN, OUT = 40, 33
@@ -49,12 +49,6 @@ def on(request, monkeypatch):
     yield backend(request.param)
     assert not compilation._failed
     assert not getattr(sys.modules.get("cluscomp_peft.ops.backends.cuda.failures"), "_failed", None)
-
-
-@needs_triton
-@shares
-def test_every_promise_in_the_interpreter(share):
-    run_in_the_interpreter(__file__, share)
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:

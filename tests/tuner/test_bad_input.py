@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
-from tests.conftest import BORN, config_for, logits_of, tiny_llama
+from tests.conftest import BORN, config_for, load, logits_of, tiny_llama
 
 
 @pytest.fixture
 def compressed(compressed_dir):
-    return AutoModelForCausalLM.from_pretrained(compressed_dir)
+    return load(compressed_dir)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def adapter(tmp_path, compressed):
 def born_adapter(tmp_path, dense_dir):
     """A saved adapter that carries its codes."""
     folder = tmp_path / "born"
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     get_peft_model(model, config_for("born", init_weights=False)).save_pretrained(folder)
     return folder
 
@@ -66,7 +66,7 @@ def test_an_adapter_on_another_compressed_base(adapter, dense_dir, tmp_path, tok
 
 @pytest.mark.parametrize("way", ["peft", "mixin"])
 def test_an_adapter_of_codes_on_a_dense_model(adapter, dense_dir, tokens, way):
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     expected = logits_of(model, tokens)
     with pytest.raises(ValueError, match="belongs to a compressed model"):
         PeftModel.from_pretrained(model, adapter) if way == "peft" else model.load_adapter(str(adapter))
@@ -94,7 +94,7 @@ def test_a_refused_second_adapter_is_forgotten(adapter, dense_dir, tmp_path, tok
 
 
 def test_a_dense_born_adapter_beside_one_with_other_codes(born_adapter, dense_dir, tokens):
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     model = get_peft_model(model, config_for("born", seed=1, init_weights=False))
     expected = logits_of(model, tokens)
     with pytest.raises(ValueError, match="another base"):
@@ -104,7 +104,7 @@ def test_a_dense_born_adapter_beside_one_with_other_codes(born_adapter, dense_di
 
 
 def test_a_second_adapter_with_other_clusters(dense_dir):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config_for("born"))
+    model = get_peft_model(load(dense_dir), config_for("born"))
     with pytest.raises(ValueError, match="share the codes"):
         model.add_adapter("other", ClusCompConfig(group_size=2, num_clusters=12))
     with pytest.raises(ValueError, match="one kind of base"):
@@ -136,7 +136,7 @@ def test_a_config_without_its_weights(born_adapter, dense_dir, tokens):
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(born_adapter)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config)
+    model = get_peft_model(load(dense_dir), config)
     with pytest.raises(RuntimeError, match="weights were not loaded"):
         model(tokens)
 
@@ -172,13 +172,13 @@ def test_a_checkpoint_whose_codes_exceed_the_codebook(compressed, tmp_path):
 @pytest.mark.parametrize("way", ["peft", "mixin", "state dict"])
 @pytest.mark.parametrize("kind", ["born", "dense"])
 def test_an_adapter_whose_codes_exceed_the_codebook(kind, way, dense_dir, tmp_path, tokens):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config_for(kind))
+    model = get_peft_model(load(dense_dir), config_for(kind))
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         (layer if kind == "dense" else layer.base_layer).codes[3, 0] = 255
     layer.note_digests("default")
     model.save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(dense_dir)
+    base = load(dense_dir)
     with pytest.raises(ValueError, match="name centroids beyond the 12 of its codebook"):
         if way == "peft":
             PeftModel.from_pretrained(base, tmp_path)
@@ -249,7 +249,7 @@ def test_more_clusters_than_groups(dense_dir, tokens):
     with pytest.raises(ValueError, match=r"model\.layers\.0\..*num_clusters=4096 is more than the \d+ groups"):
         AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
     # An adapter takes it as a wish for no loss at all, and says what that costs.
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     expected = logits_of(model, tokens)
     with pytest.warns(UserWarning, match="num_clusters=4096 is more than the groups"):
         wrapped = get_peft_model(model, ClusCompConfig(group_size=4, num_clusters=4096))
@@ -280,7 +280,7 @@ def test_experts_of_which_nothing_says_how_they_lie_are_refused_by_name():
 
 
 def test_layers_that_are_no_linear_layers(dense_dir, tokens):
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     expected = logits_of(model, tokens)
     with pytest.raises(ValueError, match=r"embed_tokens is a Embedding|not supported"):
         get_peft_model(model, config_for("born", target_modules=["q_proj", "embed_tokens"]))
@@ -336,7 +336,7 @@ def test_what_peft_has_for_other_methods_only(adapter, compressed, compressed_di
     with pytest.raises(ValueError, match="Hotswap"):
         hotswap_adapter(model, str(adapter), adapter_name="default")
     with pytest.raises(ValueError, match=r"mixed|Mixed"):
-        get_peft_model(AutoModelForCausalLM.from_pretrained(compressed_dir), config_for("compressed"), mixed=True)
+        get_peft_model(load(compressed_dir), config_for("compressed"), mixed=True)
 
 
 def test_safe_merge_finds_nan(compressed, tokens):
@@ -363,7 +363,7 @@ def test_weights_of_another_base_for_an_adapter_that_is_there(kind, dense_dir, c
         if kind == "compressed":
             quantization = ClusCompQuantizationConfig(**BORN, seed=seed)
             return AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=quantization)
-        return AutoModelForCausalLM.from_pretrained(dense_dir)
+        return load(dense_dir)
 
     seeds = ({}, {}) if kind == "compressed" else ({"seed": 0}, {"seed": 1})
     get_peft_model(fresh(0), config_for(kind, init_weights=False, **seeds[0])).save_pretrained(tmp_path)
@@ -375,12 +375,10 @@ def test_weights_of_another_base_for_an_adapter_that_is_there(kind, dense_dir, c
 
 
 def test_an_adapter_of_a_merged_base_on_the_unmerged_one(adapter, compressed, compressed_dir, tmp_path):
-    merged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(compressed_dir), adapter
-    ).merge_and_unload()
+    merged = PeftModel.from_pretrained(load(compressed_dir), adapter).merge_and_unload()
     get_peft_model(merged, config_for("compressed", init_weights=False)).save_pretrained(tmp_path / "second")
     with pytest.warns(UserWarning, match="but other codebooks"):
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_dir), tmp_path / "second")
+        PeftModel.from_pretrained(load(compressed_dir), tmp_path / "second")
 
 
 @pytest.mark.parametrize("phase", ["compress.policy.Policy.cluster", "tuner.model.ClusCompLinear"])
@@ -395,7 +393,7 @@ def test_an_interrupted_injection_is_undone(dense_dir, tokens, monkeypatch, phas
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     expected = logits_of(model, tokens)
     monkeypatch.setattr(path, make)
     with pytest.raises(KeyboardInterrupt):
@@ -423,7 +421,7 @@ def test_weights_beyond_the_range_of_the_codebook(tokens):
 
 
 def test_two_kinds_of_base_on_one_model(dense_dir):
-    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model = load(dense_dir)
     model.add_adapter(config_for("born"), "first")
     with pytest.raises(ValueError, match="one kind of base"):
         model.add_adapter(config_for("dense"), "second")
@@ -452,7 +450,7 @@ def test_settings_of_the_wrong_type(settings):
 @pytest.mark.parametrize("kind", ["born", "dense"])
 @pytest.mark.parametrize("settings", [{"bits": 2}, {"group_size": 2, "num_clusters": 12}])
 def test_other_clustering_for_a_second_adapter(kind, settings, dense_dir):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_dir), config_for(kind))
+    model = get_peft_model(load(dense_dir), config_for(kind))
     with pytest.raises(ValueError, match="share the codes"):
         model.add_adapter("other", ClusCompConfig(base="dense" if kind == "dense" else "clustered", **settings))
     assert set(model.peft_config) == {"default"}

@@ -276,9 +276,3 @@ def test_on_every_path_a_fresh_adapter_changes_nothing(folders, kind, dtype, bac
         with model.disable_adapter():
             expected = all_logits(model)
     assert all_equal(all_logits(model), expected)
-
-
-@backends.needs_triton
-@backends.shares
-def test_the_kernels_of_triton_keep_it_too(share):
-    backends.run_in_the_interpreter(__file__, share, "-k", "on_every_path")

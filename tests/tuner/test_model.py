@@ -17,6 +17,7 @@ from cluscomp_peft.codes import ClusterSpec
 from cluscomp_peft.hf.evaluate import true_bits
 from cluscomp_peft.linear import count_parameters
 from tests.conftest import checkpoint_activations, config_for, load, logits_of, tiny_llama, train_briefly
+from tests.grids import grid, quick
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 ALL = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
@@ -354,6 +355,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, tokens):
         assert torch.equal(one, two)
 
 
+@grid(base=quick(["compressed", "dense"], "compressed"), indirect=True)
 def test_compiled_models_train(base, tokens):
     model, kind = base
     model.model.layers = model.model.layers[:1]
@@ -431,6 +433,7 @@ def mixin_loaded(base, tmp_path, tokens):
     return fresh, expected
 
 
+@grid(base=quick(["compressed", "dense"], "compressed"), indirect=True)
 def test_a_mixin_loaded_adapter_compiles(base, tmp_path, tokens):
     model, _ = mixin_loaded(base, tmp_path, tokens)
     model.model.layers = model.model.layers[:1]

@@ -1,7 +1,7 @@
 """The ops' CUDA kernels: in Triton's interpreter, compiled without a GPU, and on one.
 
 The interpreter must be asked for before Triton is imported, so those tests run in a process of their own, which
-`test_the_kernels_in_the_interpreter` starts on this file. It rounds to bf16 by truncation and cannot multiply bf16
+`tests/test_interpreter.py` starts. It rounds to bf16 by truncation and cannot multiply bf16
 tiles, so fp16 stands for both there.
 """
 
@@ -20,7 +20,7 @@ from cluscomp_peft.codes import code_bits, num_groups, pack
 from cluscomp_peft.ops.backends import reference
 from cluscomp_peft.ops.backends.cuda import triton_tuning
 from tests.grids import grid, quick
-from tests.ops.harness import INTERPRETED, needs_triton, run_in_the_interpreter, shares
+from tests.ops.harness import INTERPRETED, needs_triton
 
 ROOT = Path(__file__).resolve().parents[3]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
@@ -126,12 +126,6 @@ def check_grad(cuda, given: ops.PackedWeight, x: torch.Tensor, upstream: torch.T
         assert ours.dtype == torch.float32 and ours.shape == theirs.shape
         assert (ours.cpu() - theirs).norm() <= tolerance * theirs.norm()
     return grads
-
-
-@needs_triton
-@shares
-def test_the_kernels_in_the_interpreter(share):
-    run_in_the_interpreter(__file__, share, "--noconftest")
 
 
 @interpreted
