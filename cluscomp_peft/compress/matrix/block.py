@@ -23,6 +23,7 @@ from torch import nn
 from ...codes import ClusterSpec, num_groups, pack, unpack
 from ...dense import weight_of
 from ...linear import ClusteredLinear
+from ...progress import Stages
 from ..calibration.blocks import BlockModel
 from ..calibration.inputs import BlockInputs, Moments
 from ..policy import Policy
@@ -65,6 +66,7 @@ def compress_block(
     held_out: int,
     settings: BlockSettings,
     progress: Callable[[int], object],
+    stages: Stages,
 ) -> tuple[dict[str, ClusteredLinear], dict[str, Any]]:
     """Clusters the layers of block `index`, which is loaded, and leaves them in it.
 
@@ -78,6 +80,7 @@ def compress_block(
             codebooks see them.
         settings ([`BlockSettings`]): How.
         progress: Called with the number of weights of each layer when it is clustered.
+        stages ([`Stages`]): Is told how long observing inputs, clustering and reconstructing take.
 
     Returns:
         Clustered layers by full name, and what was measured: matrices (relative_error, output_error), error_before,
@@ -90,17 +93,21 @@ def compress_block(
     matrices: dict[str, dict[str, Any]] = {}
     for names in inputs.groups:
         if names[0] in inputs.owners:
-            done |= _cluster_experts(model, inputs, names, specs, done, compressed, settings, matrices, progress)
+            done |= _cluster_experts(
+                model, inputs, names, specs, done, compressed, settings, matrices, progress, stages
+            )
             continue
-        moments = _observe(model, inputs, names, done, compressed)
-        for name in names:
-            original = inputs.layers[name]
-            done[name], matrices[name] = cluster_for_inputs(name, original, specs[name], *moments, settings)
-            progress(weight_of(original).numel())
+        with stages.stage("calibrating"):
+            moments = _observe(model, inputs, names, done, compressed)
+        with stages.stage("clustering"):
+            for name in names:
+                original = inputs.layers[name]
+                done[name], matrices[name] = cluster_for_inputs(name, original, specs[name], *moments, settings)
+                progress(weight_of(original).numel())
     _install(model, done)
     epochs = settings.epochs if len(compressed) > held_out else 0
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), stages.stage("reconstructing"):
             result = reconstruct(
                 lambda hidden: model.run(index, hidden),
                 list(done.values()),
@@ -155,6 +162,7 @@ def _cluster_experts(
     settings: BlockSettings,
     matrices: dict[str, dict[str, Any]],
     progress: Callable[[int], object],
+    stages: Stages,
 ) -> dict[str, ClusteredLinear]:
     """Clusters one matrix of every expert, each by the tokens that reach it.
 
@@ -168,20 +176,22 @@ def _cluster_experts(
 
     def cluster(name: str, hessian: torch.Tensor | None, drift: torch.Tensor | None) -> None:
         original = inputs.layers[name]
-        made[name], report = cluster_for_inputs(name, original, specs[name], hessian, drift, settings)
+        with stages.stage("clustering"):
+            made[name], report = cluster_for_inputs(name, original, specs[name], hessian, drift, settings)
         matrices.setdefault(name, {}).update(report)
         progress(weight_of(original).numel())
 
     for first in range(0, len(names), together):
         moments = {name: Moments() for name in names[first : first + together]}
         try:
-            for batch in range(inputs.fitted):
-                before = inputs.experts(list(moments), inputs.batches[batch])
-                _install(model, done)
-                after = inputs.experts(list(moments), compressed[batch])
-                _install(model, inputs.layers)
-                for name, rows in after.items():
-                    moments[name].add_rows(before.get(name), rows)
+            with stages.stage("calibrating"):
+                for batch in range(inputs.fitted):
+                    before = inputs.experts(list(moments), inputs.batches[batch])
+                    _install(model, done)
+                    after = inputs.experts(list(moments), compressed[batch])
+                    _install(model, inputs.layers)
+                    for name, rows in after.items():
+                        moments[name].add_rows(before.get(name), rows)
         finally:
             _install(model, inputs.layers)
         for name, own in moments.items():

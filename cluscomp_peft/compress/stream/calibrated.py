@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ...codes import ClusterSpec
 from ...linear import ClusteredLinear
+from ...progress import Stages
 from ..calibration.activations import Stream
 from ..calibration.blocks import BlockModel
 from ..calibration.inputs import BlockInputs
@@ -98,14 +99,15 @@ class CalibratedBlocks:
     def compress(
         self, index: int, specs: dict[str, ClusterSpec], settings: BlockSettings, progress: Callable[[int], object]
     ) -> tuple[dict[str, ClusteredLinear], dict[str, Any]]:
-        """Block `index`; afterwards the activations behind it are on disk."""
-        now, then = index % 2, 1 - index % 2
+        """Block `index`; afterwards the activations behind it are on disk. The report has seconds by stage."""
+        now, then, stages = index % 2, 1 - index % 2, Stages()
         model, device = self.model, self.model.device
         with torch.no_grad(), model.loaded(index):
             originals = {name: model.model.get_submodule(name) for name in specs}
             fitted = max(1, len(self.dense[now]) - self.held_out)
             inputs = BlockInputs(model, index, originals, self.dense[now], fitted)
-            self.dense[then].write(inputs.outputs())
+            with stages.stage("calibrating"):
+                self.dense[then].write(inputs.outputs())
             layers: dict[str, ClusteredLinear] = {}
             report: dict[str, Any] = {}
             if specs:
@@ -119,9 +121,11 @@ class CalibratedBlocks:
                     self.held_out,
                     settings,
                     progress,
+                    stages,
                 )
-            self.compressed[then].write(model.run(index, part.to(device)) for part in self.compressed[now])
-        return layers, report
+            with stages.stage("calibrating"):
+                self.compressed[then].write(model.run(index, part.to(device)) for part in self.compressed[now])
+        return layers, {**report, "stages": stages.seconds}
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:

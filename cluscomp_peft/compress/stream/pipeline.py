@@ -70,7 +70,8 @@ def compress_shards(
 
     Returns:
         `dict`: shards (file name → keys with bytes), matrices, fingerprints, blocks, losses, evaluation (see
-        [`measure_losses`]; None without `held_out`), seconds, and memory, the bytes that workers held at most.
+        [`measure_losses`]; None without `held_out`), seconds and stages (seconds of each stage), both of the work that
+        the result is made of, whichever run did it, and memory, the bytes that workers held at most.
 
     Raises:
         ValueError: If the checkpoint lacks weights, or a weight cannot be clustered.
@@ -118,11 +119,15 @@ def compress_shards(
         assert calibration is not None
         # A loss of what is not in blocks, or of text that was fitted to, would not be that of the model.
         unseen = len(calibration.fitted) < len(calibration.batches)
-        journal.commit(losses=blocks.losses() if unseen else {})
+        started = time.perf_counter()
+        losses = blocks.losses() if unseen else {}
+        journal.commit(losses=losses, losses_seconds=time.perf_counter() - started)
     evaluation = None if held_out is None else measure_losses(held_out, shards, journal)
     reports = journal.content["done"]
     collected = _collected({shard.file: reports[shard.file] for shard in shards}, journal)
-    return {**collected, "evaluation": evaluation, "memory": memory}
+    stages = _stages(collected.pop("stages"), journal, evaluation)
+    seconds = collected["seconds"] + stages.get("allocating bits", 0.0) + stages.get("evaluating", 0.0)
+    return {**collected, "evaluation": evaluation, "stages": stages, "seconds": seconds, "memory": memory}
 
 
 def fingerprint_of(fingerprints: dict[str, str], model: nn.Module) -> str | None:
@@ -160,6 +165,20 @@ def _compress_block(blocks: CalibratedBlocks, shard: Shard, job: Job, progress: 
     return write_shard(shard, layers, job, report, started)
 
 
+def _stages(
+    of_shards: list[dict[str, float]], journal: Journal, evaluation: dict[str, Any] | None
+) -> dict[str, float]:
+    """Seconds of each stage, in the order of the stages, as far as there are some."""
+    names = ("calibrating", "clustering", "reconstructing", "writing")
+    losses = journal.content.get("losses_seconds", 0.0) + (evaluation["seconds"] if evaluation else 0.0)
+    stages = {
+        "allocating bits": journal.content.get("measured", 0.0),
+        **{name: sum(stages.get(name, 0.0) for stages in of_shards) for name in names},
+        "evaluating": losses,
+    }
+    return {name: seconds for name, seconds in stages.items() if seconds}
+
+
 def _collected(reports: dict[str, dict[str, Any]], journal: Journal) -> dict[str, Any]:
     matrices = {layer: entry for report in reports.values() for layer, entry in report["matrices"].items()}
     fingerprints = {layer: digest for report in reports.values() for layer, digest in report["fingerprints"].items()}
@@ -175,5 +194,6 @@ def _collected(reports: dict[str, dict[str, Any]], journal: Journal) -> dict[str
         "fingerprints": fingerprints,
         "blocks": blocks,
         "losses": journal.content.get("losses", {}),
+        "stages": [report.get("stages", {}) for report in reports.values()],
         "seconds": sum(report["seconds"] for report in reports.values()),
     }

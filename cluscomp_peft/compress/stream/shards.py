@@ -23,6 +23,7 @@ from torch import nn
 
 from ... import ops
 from ...linear import ClusteredLinear
+from ...progress import Stages
 from ..matrix.block import BlockSettings, cluster_for_inputs
 from .headers import read_header, weight_files
 from .journal import save_tensors
@@ -75,8 +76,10 @@ def compress_shard(
         `dict`: What the journal keeps of it; see [`write_shard`].
     """
     started = time.perf_counter()
-    layers, matrices = _cluster_alone(shard, job, device, progress, moments or {})
-    return write_shard(shard, layers, job, {"matrices": matrices}, started)
+    stages = Stages()
+    with stages.stage("clustering"):
+        layers, matrices = _cluster_alone(shard, job, device, progress, moments or {})
+    return write_shard(shard, layers, job, {"matrices": matrices, "stages": stages.seconds}, started)
 
 
 def _cluster_alone(
@@ -141,14 +144,16 @@ def write_shard(
 
     Returns:
         `dict`: `report` with matrices (shape, spec, bytes, true_bits, relative_error and more by layer), fingerprints,
-        keys (bytes by tensor of the shard), block and seconds.
+        keys (bytes by tensor of the shard), block, seconds, and in its stages that of writing.
     """
+    begun = time.perf_counter()
     _measure(report, shard, layers, job.source)
     tensors = _tensors(shard, layers, job)
     save_tensors(os.path.join(job.folder, shard.file), tensors)
     report["fingerprints"] = {matrix.name: layers[matrix.name].fingerprint() for matrix in shard.matrices}
     report["keys"] = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
     report["block"] = shard.block
+    report["stages"]["writing"] = time.perf_counter() - begun
     report["seconds"] = time.perf_counter() - started
     return report
 

@@ -55,7 +55,7 @@ def contents(folder) -> dict[str, bytes]:
 def timeless(folder) -> dict:
     """The report, without times and memory."""
     report = json.loads(Path(folder, "cluscomp_report.json").read_text())
-    for key in ("seconds", "peak_memory"):
+    for key in ("seconds", "stages", "peak_memory"):
         del report["summary"][key]
     return report
 
