@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     push.set_defaults(run=commands.push)
 
-    plan = subparsers.add_parser("plan", help="say what a model needs in memory, and which settings fit")
+    plan = subparsers.add_parser("plan", help="say what a model needs in memory and time, and which settings fit")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id, dense or compressed; only its config is read")
     plan.add_argument(
         "--bits", type=float, help="true bits per weight, 1 to 8 (default 4; a compressed model has its own)"
@@ -259,6 +259,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where it shall run")
     plan.add_argument("--samples", type=int, default=128, help="calibration sequences of the compression")
+    plan.add_argument(
+        "--tokens", type=int, default=1_000_000, help="of the whole training, for its time (default 1 million)"
+    )
+    plan.add_argument(
+        "--flops",
+        metavar="86T",
+        type=_flops,
+        help="that one device does in a second of training (default: measured, if this machine has the --device; else "
+        "those of an H100)",
+    )
     plan.add_argument("--gpu-memory", metavar="24GiB", type=_bytes, help="find the settings that fit")
     plan.add_argument("--json", action="store_true", help="one JSON object, in bytes, instead of tables")
     plan.set_defaults(run=commands.plan)
@@ -278,6 +288,14 @@ def _bytes(text: str) -> int:
         cure = "" if unit else f"; give it a unit, such as {number}GiB"
         raise argparse.ArgumentTypeError(f"{text} is {size} bytes, fewer than any model takes{cure}")
     return size
+
+
+def _flops(text: str) -> float:
+    """FLOP/s of "86T" or "20G"."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([GTP])", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate such as 86T, 20G or 1.2P")
+    return float(match[1]) * 1000.0 ** ("GTP".index(match[2].upper()) + 3)
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def plan(options: argparse.Namespace) -> None:
 
     given = {item.name: getattr(options, item.name) for item in fields(Settings) if item.name in options}
     settings = Settings(**given)
-    forecast = plan(options.model, settings, options.gpu_memory)
+    forecast = plan(options.model, settings, options.gpu_memory, measure=True)
     print(json.dumps(forecast.to_dict()) if options.json else printable(render(forecast)))
 
 

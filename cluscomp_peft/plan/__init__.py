@@ -16,7 +16,7 @@ Two things are put in by hand: attention counts as fused (it keeps q, k, v, its 
 row, never scores of seqlen²), and the ops of this package count what they take inside (the decoded weight, fp32
 tiles). Where a model does not run on the meta device, its block counts as what its linear layers read and write
 (`model.from_widths`). With several devices finetuning is what one of them takes; `sharding` says who holds what, and
-`installed` asks the packages that are installed for their defaults. A forecast is data, [`Job`]s of [`Part`]s;
+`installed` asks the packages that are installed for their defaults, and `speed` how long finetuning takes. A forecast is data, [`Job`]s of [`Part`]s;
 [`render`] makes text of it.
 """
 
@@ -43,9 +43,10 @@ from .model import Model
 from .parts import GIB, Job, Part
 from .settings import ENGINES, OPTIMIZERS, Settings
 from .sharding import engine_of
+from .speed import Duration, training_time
 from .text import render
 
-__all__ = ["ENGINES", "OPTIMIZERS", "Job", "Part", "Plan", "Settings", "plan", "render"]
+__all__ = ["ENGINES", "OPTIMIZERS", "Duration", "Job", "Part", "Plan", "Settings", "plan", "render"]
 
 _GRID_BITS = (4.0, 3.0, 2.5, 2.0)
 _GRID_SEQLENS = (512, 1024, 2048, 4096, 8192)
@@ -70,6 +71,7 @@ class Plan:
         fits: bits → seqlen → bytes of finetuning (None where the bits are out of reach); empty without `memory`.
         longest (`int`, *optional*): Tokens of the longest sequence that fits `memory` at the asked bits; 0 for none.
         spread: engine → devices → bytes of finetuning on each; empty where it fits `memory` as it was asked for.
+        time ([`Duration`], *optional*): Of finetuning; None where nothing says how fast the device is.
         notes: What the numbers leave out or assume.
     """
 
@@ -85,6 +87,7 @@ class Plan:
     fits: dict[float, dict[int, int | None]]
     longest: int | None
     spread: dict[str, dict[int, int]]
+    time: Duration | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,16 +96,19 @@ class Plan:
             key: {"total": job.total, "peak": job.peak, "parts": [asdict(part) for part in job.parts]}
             for key, job in self.jobs.items()
         }
-        return {**vars(self), "settings": asdict(self.settings), "jobs": jobs}
+        time = None if self.time is None else asdict(self.time)
+        return {**vars(self), "settings": asdict(self.settings), "jobs": jobs, "time": time}
 
 
-def plan(path: str, settings: Settings | None = None, memory: int | None = None) -> Plan:
-    """Forecasts the memory of compressing, finetuning and serving a model.
+def plan(path: str, settings: Settings | None = None, memory: int | None = None, *, measure: bool = False) -> Plan:
+    """Forecasts the memory of compressing, finetuning and serving a model, and the time of finetuning.
 
     Args:
         path (`str`): Folder or hub id, dense or compressed; only its config is read.
         settings ([`Settings`], *optional*): Defaults otherwise.
         memory (`int`, *optional*): Bytes to look for settings that fit into.
+        measure (`bool`): Run one layer for a second to see how fast this machine trains, if it is of the device asked
+            for; see [`training_time`].
 
     Raises:
         ValueError: If there is no such model, it has no layers to cluster, or they do not fit the settings.
@@ -139,6 +145,7 @@ def plan(path: str, settings: Settings | None = None, memory: int | None = None)
         fits,
         longest,
         spread,
+        training_time(model, settings, measure),
         tuple(_notes(model, settings)),
     )
 

@@ -14,7 +14,7 @@ __all__ = ["DTYPES", "ENGINES", "OPTIMIZERS", "Settings"]
 OPTIMIZERS = ("adamw", "adamw_8bit")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_LEAST = {"seqlen": 2, "batch": 1, "rank": 1, "num_blocks": 1, "samples": 1, "world_size": 1}
+_LEAST = {"seqlen": 2, "batch": 1, "rank": 1, "num_blocks": 1, "samples": 1, "world_size": 1, "tokens": 1, "flops": 1}
 _KNOWN = {"dtype": tuple(DTYPES), "optimizer": OPTIMIZERS, "device": ("cuda", "cpu")}
 
 
@@ -35,6 +35,8 @@ class Settings:
         device (`str`): "cuda" or "cpu".
         samples (`int`): Calibration sequences of the compression.
         world_size (`int`): Devices that finetuning is spread over.
+        tokens (`int`): Of the whole training, for its time.
+        flops (`float`, *optional*): FLOP/s that one device does in training, where they are known.
         engine (`str`, *optional*): How: "ddp" (the default for several), "fsdp2", "zero2" or "zero3"; None for one.
 
     Raises:
@@ -54,6 +56,8 @@ class Settings:
     samples: int = 128
     world_size: int = 1
     engine: str | None = None
+    tokens: int = 1_000_000
+    flops: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..progress import duration
 from .parts import GIB
 
 if TYPE_CHECKING:
@@ -52,10 +53,27 @@ def render(plan: Plan) -> str:
     own = f"codebooks, {plan.true_bits:.2f} bits"
     lines += [row(own, _gib(plan.jobs["finetune_alone" if several else "finetune"].total))]
     lines += [row(plan.jobs[key].name, _gib(plan.jobs[key].total)) for key in ("qlora", "full")]
+    lines += _time(plan)
     if plan.memory is not None:
         lines += ["", *_fits(plan)]
     notes = ["(in parentheses: at another moment than the peak)", *plan.notes]
     return "\n".join([*lines, "", *notes])
+
+
+def _time(plan: Plan) -> list[str]:
+    time = plan.time
+    if time is None:
+        return []
+    rate = (
+        f"{time.flops_per_second / 1e12:.1f} T"
+        if time.flops_per_second >= 1e12
+        else f"{time.flops_per_second / 1e9:.1f} G"
+    )
+    return [
+        "",
+        f"finetuning on {time.tokens:,} tokens: about {duration(time.total)}, {duration(time.step)} a step",
+        f"at {rate}FLOP/s: {time.why}",
+    ]
 
 
 def _fits(plan: Plan) -> list[str]:
