@@ -16,8 +16,8 @@ Two things are put in by hand: attention counts as fused (it keeps q, k, v, its 
 row, never scores of seqlen²), and the ops of this package count what they take inside (the decoded weight, fp32
 tiles). Where a model does not run on the meta device, its block counts as what its linear layers read and write
 (`model.from_widths`). With several devices finetuning is what one of them takes; `sharding` says who holds what, and
-`installed` asks the packages that are installed for their defaults, and `speed` how long finetuning takes. A forecast is data, [`Job`]s of [`Part`]s;
-[`render`] makes text of it.
+`installed` asks the packages that are installed for their defaults, and `speed` how long finetuning takes. A forecast
+is data, [`Job`]s of [`Part`]s; [`render`] makes text of it.
 """
 
 from __future__ import annotations
