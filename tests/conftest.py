@@ -37,6 +37,24 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(93))]
 
 
+# Files that take longest begin, so that in the end no worker is left alone with one.
+FIRST = (
+    "tests/recipes/test_distributed.py",
+    "tests/test_interpreter.py",
+    "tests/compress/test_checkpoint.py",
+    "tests/clustering/test_cpu.py",
+    "tests/recipes/test_trl.py",
+    "tests/tuner/test_model.py",
+    "tests/plan/test_forecast.py",
+    "tests/benchmarks/test_gpu_suite.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(FIRST)))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

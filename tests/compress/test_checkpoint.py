@@ -742,8 +742,7 @@ def test_a_layer_that_shares_its_weight(dense, text, tmp_path):
     refused("lm_head", tmp_path, dense("llama, tied"), str(tmp_path / "out"), config, calibration=text, **QUICK)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off", "lacks a tensor", "index"])
-@pytest.mark.parametrize("calibrated", [False, True])
+@grid(damage=["missing", "cut off", "lacks a tensor", "index"], calibrated=[False, True])
 def test_damaged_weights(damage, calibrated, dense, text, tokenizer, tmp_path):
     source = tmp_path / "dense"
     tiny_llama().save_pretrained(source, max_shard_size="20KB")
@@ -776,7 +775,7 @@ def test_weights_under_two_names(dense, tmp_path):
     assert "other" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
-@pytest.mark.parametrize("place", ["shard", "stream", "journal", "report"])
+@grid(place=quick(["shard", "stream", "journal", "report"], "shard", "report"))
 def test_a_full_disk_is_said_and_the_run_goes_on_later(place, dense, text, undisturbed, monkeypatch, tmp_path, capsys):
     target = str(tmp_path / "out")
     flags = ["--bits", "5", "--quality", "fast", "--calibration", text]

@@ -17,6 +17,7 @@ from cluscomp_peft.compress.policy import EMBEDDING_BITS
 from cluscomp_peft.compress.stream import pipeline
 from cluscomp_peft.hf.evaluate import evaluate
 from tests.conftest import WORDS, logits_of, tiny_llama
+from tests.grids import grid, quick
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -42,6 +43,7 @@ def compress(dense: str, target, **settings) -> dict:
     return compress_checkpoint(dense, str(target), config, **settings)
 
 
+@grid(dense=quick(["tied", "untied"], "tied"), indirect=True)
 def test_calibrated_blocks_begin_with_the_embeddings_as_they_will_be(dense, text, tmp_path, monkeypatch):
     inputs = {}
 
@@ -65,6 +67,7 @@ def test_calibrated_blocks_begin_with_the_embeddings_as_they_will_be(dense, text
         assert summary["losses"][name] == pytest.approx(found, abs=1e-4)
 
 
+@grid(dense=quick(["tied", "untied"], "tied"), indirect=True)
 def test_the_head_is_clustered_for_what_it_is_given(dense, text, tmp_path, tokens):
     settings = dict(bits=8, embeddings=3, samples=8, seqlen=32, epochs=0)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(dense), tokens)
@@ -83,6 +86,7 @@ def test_the_head_is_clustered_for_what_it_is_given(dense, text, tmp_path, token
     assert output_error["feedback"] < output_error["clustered"]
 
 
+@grid(dense=quick(["tied", "untied"], "tied"), indirect=True)
 def test_an_interrupted_run_goes_on(dense, text, tmp_path, monkeypatch):
     settings = dict(bits=5, embeddings=5, calibration=text, samples=8, seqlen=32, epochs=1)
     compress(dense, tmp_path / "whole", **settings)

@@ -189,7 +189,7 @@ def test_gradient_checkpointing_fetches_codes_again(folder, tokens, use_reentran
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("how", BY_HAND)
+@grid(how=quick(BY_HAND, "disk_offload"))
 def test_an_adapter_on_a_model_offloaded_by_hand(folder, tokens, tmp_path, how):
     expected = get_peft_model(resident(folder), config_for("compressed"))
     model = get_peft_model(by_hand(how, folder, tmp_path), config_for("compressed"))
@@ -347,7 +347,7 @@ def test_unloading(folder, tokens, adapter):
     assert torch.equal(logits_of(model, tokens), logits_of(resident(folder), tokens))
 
 
-@pytest.mark.parametrize("how", ["device_map", *BY_HAND])
+@grid(how=quick(["device_map", *BY_HAND], "device_map", "disk_offload"))
 def test_saving_the_model(folder, tokens, tmp_path, how):
     model = on_disk(folder) if how == "device_map" else by_hand(how, folder, tmp_path)
     model.save_pretrained(tmp_path / "saved")

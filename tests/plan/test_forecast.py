@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_files(tmp_path, dense_dir, capsys):
     assert {"compress", "compress_calibrated"}.isdisjoint(report["jobs"])  # it is compressed already
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@grid(blocks=quick([1, 3], 3))
 def test_trained_numbers_are_those_of_the_adapter(tmp_path, capsys, blocks):
     config = LlamaConfig(**SMALL)
     report = forecast(capsys, saved(tmp_path, config), "--bits", "4", "--num-blocks", str(blocks))

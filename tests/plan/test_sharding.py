@@ -107,8 +107,9 @@ def fully_sharded(model: torch.nn.Module, devices: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("devices", "blocks"), [(2, 1), (8, 3), (8, 8), (5, 4)])
-def test_shares_of_fsdp2_are_those_of_torch(tmp_path, capsys, devices, blocks):
+@grid(split=quick([(2, 1), (8, 3), (8, 8), (5, 4)], (2, 1), (5, 4)))
+def test_shares_of_fsdp2_are_those_of_torch(tmp_path, capsys, split):
+    devices, blocks = split
     config = LlamaConfig(**SMALL)
     flags = ["--bits", "4", "--num-blocks", str(blocks)]
     found = parts(spread(capsys, saved(tmp_path, config), devices, "fsdp2", *flags), "finetune")
