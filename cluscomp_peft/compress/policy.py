@@ -42,6 +42,7 @@ __all__ = [
     "DTYPE_ON_DISK",
     "EMBEDDING_BITS",
     "WITHOUT_TEXT",
+    "WITH_MOMENTS",
     "Policy",
 ]
 
@@ -56,7 +57,11 @@ CODEBOOK_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float3
 DTYPE_ON_DISK = "float16"
 DTYPE_IN_MEMORY = "auto"
 
-# What is said wherever a dense model is clustered in memory, matrix by matrix.
+# What is said where a dense model is clustered in memory, matrix by matrix.
+WITH_MOMENTS = (
+    "clustered by K-means that weighs errors by the inputs of each layer on calibration text; `cluscomp compress` "
+    "does more with it and loses less at the same bits: compress the model with it first where quality matters"
+)
 WITHOUT_TEXT = (
     "clustered without calibration text, which loses more than `cluscomp compress` does at the same bits: compress "
     "the model with it first where quality matters"

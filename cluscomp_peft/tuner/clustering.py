@@ -17,16 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..codes import ClusterSpec
+from ..compress.architecture import read_tokenizer, refuse_calibration
+from ..compress.calibration.errors import CannotCalibrate
+from ..compress.calibration.importance import input_importance
+from ..compress.calibration.text import AUTO, BUILTIN, NONE
 from ..dense import is_dense_linear, weight_of, weight_shape
 from ..linear import ClusteredLinear
 from ..placement import gathered, is_partitioned
 from .config import ClusCompConfig
 from .planning import check_weight, spec_of
 
-__all__ = ["Codes", "cluster_layers", "empty_layer"]
+__all__ = ["Codes", "Importance", "cluster_layers", "empty_layer", "find_importance"]
 
 
 class Codes(NamedTuple):
@@ -36,8 +41,40 @@ class Codes(NamedTuple):
     packed: torch.Tensor | None
 
 
+class Importance(NamedTuple):
+    """What calibration text says of the inputs of dense layers: E[x²], name to [in]. missing: Why it says nothing."""
+
+    moments: Mapping[str, torch.Tensor]
+    missing: str | None = None
+
+
+def find_importance(model: nn.Module, layers: Mapping[str, nn.Module], config: ClusCompConfig) -> Importance:
+    """Of the dense ones of the layers whose weights are in memory, by one pass of the model over a little text.
+
+    Raises:
+        ValueError: If `config.calibration` names a text that cannot be read, or that cannot calibrate the model.
+    """
+    dense = {name: layer for name, layer in layers.items() if is_dense_linear(layer)}
+    if not dense or config.calibration == NONE:
+        return Importance({}, 'calibration="none"')
+    source = getattr(model, "name_or_path", "") or type(model).__name__
+    try:
+        if not isinstance(model, PreTrainedModel):
+            raise CannotCalibrate(f"{source} is no model of transformers")
+        refuse_calibration(model, source)
+        if any(is_partitioned(p) or p.device.type == "meta" for layer in dense.values() for p in layer.parameters()):
+            raise CannotCalibrate("this process does not have all of the weights")
+        tokenizer = read_tokenizer(model.name_or_path) if model.name_or_path else None
+        text = BUILTIN if config.calibration == AUTO else config.calibration
+        return Importance(input_importance(model, tokenizer, source, dense, text))
+    except CannotCalibrate as error:
+        if config.calibration != AUTO:
+            raise ValueError(f'{error.reason}; choose calibration="none".') from error
+        return Importance({}, error.reason)
+
+
 def cluster_layers(
-    layers: Mapping[str, nn.Module], config: ClusCompConfig
+    layers: Mapping[str, nn.Module], config: ClusCompConfig, importance: Mapping[str, torch.Tensor]
 ) -> dict[str, ClusteredLinear] | dict[str, Codes]:
     """Clusters the dense ones of the layers whose weights are in memory.
 
@@ -46,6 +83,7 @@ def cluster_layers(
     Args:
         layers: Name to layer.
         config ([`ClusCompConfig`]): How.
+        importance: E[x²] of the inputs of layers, name to [in], as far as it is known.
 
     Returns:
         `dict`: Name to `ClusteredLinear`, or with `base="dense"` to [`Codes`].
@@ -65,7 +103,7 @@ def cluster_layers(
             mine.pop(name, None)
     # disable=None: silent where nobody watches a terminal
     bar = tqdm(list(mine), desc="Clustering", unit="matrix", disable=None if mine else True)
-    made = {name: _cluster(name, _whole(name, mine.pop(name), config), config) for name in bar}
+    made = {name: _cluster(name, _whole(name, mine.pop(name), config), config, importance.get(name)) for name in bar}
     for name, owner in owners.items():
         product = made[name] if name in made else _blank(name, dense[name], config)
         for tensor in _tensors(product):
@@ -121,9 +159,11 @@ def _whole(name: str, dense: nn.Module, config: ClusCompConfig) -> nn.Module:
     return whole
 
 
-def _cluster(name: str, dense: nn.Module, config: ClusCompConfig) -> ClusteredLinear | Codes:
+def _cluster(
+    name: str, dense: nn.Module, config: ClusCompConfig, importance: torch.Tensor | None
+) -> ClusteredLinear | Codes:
     spec = spec_of(name, dense, config)
-    layer = config.policy.cluster(name, dense, spec)
+    layer = config.policy.cluster(name, dense, spec, importance=importance)
     return layer if config.base == "clustered" else Codes(spec, layer.codes.detach())
 
 

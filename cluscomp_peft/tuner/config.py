@@ -19,6 +19,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..codes import ClusterSpec
+from ..compress.calibration.text import AUTO
 from ..compress.policy import DTYPE_IN_MEMORY, Policy
 from .arguments import explains_arguments
 from .units import default_delta_scale
@@ -91,6 +92,9 @@ class ClusCompConfig(PeftConfig):
         codebook_dtype (`str`): Dense model: "auto" is the dtype of the weight; else "float16", "bfloat16", "float32".
         seed (`int`): Dense model: of K-means.
         quality (`str`): Dense model: of K-means, "fast", "default" or "best".
+        calibration (`str`): Dense model: text that says which inputs of a layer count, so that K-means weighs errors
+            by them: "auto" for the text of the package, or a file or data set as `cluscomp compress --calibration`
+            takes it; "none" for K-means of the weights alone. The tokenizer is the one that lies beside the model.
         layout (`dict`): Written on saving: how the codes are stored, by name pattern.
         fingerprint (`str`, *optional*): Written on saving: digest of the codes that the adapter belongs to.
         codebook_fingerprint (`str`, *optional*): Written on saving: digest of the codebooks and scales it was trained
@@ -134,6 +138,9 @@ class ClusCompConfig(PeftConfig):
     )
     seed: int = field(default=0, metadata={"help": "Dense model: seed of K-means."})
     quality: str = field(default="default", metadata={"help": "Dense model: K-means, fast, default or best."})
+    calibration: str = field(
+        default=AUTO, metadata={"help": "Dense model: text by which K-means weighs errors: auto, none, or a file."}
+    )
     layout: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Written on saving: how the codes are stored."}
     )
@@ -199,6 +206,8 @@ class ClusCompConfig(PeftConfig):
         scale = 1.0 if self.delta_scale is None else self.delta_scale
         if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ValueError(f"delta_scale must be a finite number greater than 0, or None, got {scale!r}.")
+        if not isinstance(self.calibration, str):
+            raise ValueError(f"calibration must be 'auto', 'none' or a path, got {self.calibration!r}.")
         _ = self.policy
 
     def note_source(self, place: str, subfolder: str | None, settings: Mapping[str, Any]) -> None:

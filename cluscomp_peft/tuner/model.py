@@ -31,7 +31,7 @@ from ..upstream.transformers import forget_adapters, quantizer_of
 from .announcement import announce
 from .arrival import Arrival
 from .clustered_layer import ClusCompLinear
-from .clustering import Codes, cluster_layers, empty_layer
+from .clustering import Codes, Importance, cluster_layers, empty_layer, find_importance
 from .config import ClusCompConfig, config_of_sum
 from .dense_layer import ClusCompDenseLinear
 from .layer import ClusCompLayer, NewAdapter
@@ -59,6 +59,7 @@ class Injection:
     is_sum: bool = False
     trained_blocks: int = 1
     specs: dict[str, ClusterSpec] = field(default_factory=dict)
+    importance: Importance = field(default_factory=lambda: Importance({}))
     made: dict[str, Any] = field(default_factory=dict)
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
@@ -116,7 +117,8 @@ class ClusCompModel(BaseTuner):
             layers = [layer for _, layer in adapted_layers(model, adapter_name)]
             Arrival(adapter_name, injection.saved).expected_by(layers)
         else:
-            announce(model, config, self.targeted_module_names, [layer for *_, layer in injection.replaced])
+            replaced = [layer for *_, layer in injection.replaced]
+            announce(model, config, self.targeted_module_names, replaced, injection.importance)
 
     def _prepare_adapter_config(self, peft_config: ClusCompConfig, model_config: dict) -> ClusCompConfig:
         """Resolves the targets and checks them all; see the module docstring."""
@@ -128,7 +130,8 @@ class ClusCompModel(BaseTuner):
         injection.trained_blocks = count_blocks(layers)
         check_layers(self.model, peft_config, layers, is_new=injection.saved is None, is_sum=injection.is_sum)
         if injection.saved is None:
-            injection.made = cluster_layers(layers, peft_config)
+            injection.importance = find_importance(self.model, layers, peft_config)
+            injection.made = cluster_layers(layers, peft_config, injection.importance.moments)
         else:
             prefix = getattr(self.model, "base_model_prefix", "")
             injection.specs = expand(injection.saved.layout, layers, prefix)

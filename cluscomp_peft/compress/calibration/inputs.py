@@ -22,7 +22,7 @@ from ...expert_weights import Expert
 from ...upstream.transformers_experts import has_implementations
 from .blocks import BlockModel
 
-__all__ = ["KEPT_BYTES", "BlockInputs", "Moments", "Rows"]
+__all__ = ["KEPT_BYTES", "BlockInputs", "Moments", "Rows", "watched"]
 
 KEPT_BYTES = 1 << 28  # of inputs of the dense block; what does not fit is computed again
 _PANELS, _PANEL = 4, 128  # parts of x̂ᵀ x̂, and channels of one at least
@@ -138,7 +138,7 @@ class BlockInputs:
                 if number < self.fitted and any(names[:1] == [name] for names in groups.values()):
                     self._keep((name, number), calls[name], x)
 
-            with _watched(self.layers, note):
+            with watched(self.layers, note):
                 output = self.model.run(self.index, batch.to(self.model.device))
             alive.clear()
             for name, count in calls.items():
@@ -174,7 +174,7 @@ class BlockInputs:
             if len(seen) == enough:
                 raise _Enough
 
-        with _watched({name: self.layers[name]}, note), suppress(_Enough):
+        with watched({name: self.layers[name]}, note), suppress(_Enough):
             self.model.run(self.index, hidden.to(self.model.device))
         return _joined(seen) if seen else None
 
@@ -195,7 +195,7 @@ class BlockInputs:
         handles = [owner.register_forward_pre_hook(begin, with_kwargs=True), owner.register_forward_hook(end)]
         try:
             layers = {name: self.layers[name] for name in names}
-            with _watched(layers, lambda name, x: seen.update({name: x.detach().float()})), suppress(_Enough):
+            with watched(layers, lambda name, x: seen.update({name: x.detach().float()})), suppress(_Enough):
                 self.model.run(self.index, hidden.to(self.model.device))
         finally:
             for handle in handles:
@@ -240,7 +240,7 @@ class _Enough(Exception):
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watched(layers: Mapping[str, nn.Module], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Calls `note` with the name and the input of each of the layers before it runs."""
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
