@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--scales",
         action=argparse.BooleanOptionalAction,
-        help="store a scale per channel (default: where it is cheap)",
+        help="store a scale per channel (default: with calibration, where it is cheap)",
     )
     compress.add_argument(
         "--embeddings",

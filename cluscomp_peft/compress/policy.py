@@ -78,8 +78,8 @@ class Policy:
         size (`int`, *optional*): Bytes that a whole checkpoint may take, instead of bits.
         group_size (`int`, *optional*): g, weights per code, for every matrix; goes with `num_clusters`.
         num_clusters (`int`, *optional*): n, centroids per codebook.
-        scales (`bool`, *optional*): Store a scale per input and output channel. None: where they cost at most 0.05
-            bits per weight.
+        scales (`bool`, *optional*): Store a scale per input and output channel. None: where sensitivities
+            share out the bits and they cost at most 0.05; K-means of weights alone loses more with them.
         codebook_dtype (`str`): "float16", "bfloat16" or "float32", of codebooks and scales; "auto" is the dtype of
             each weight.
         quality (`str`): Of K-means: "fast", "default" or "best".
@@ -216,7 +216,7 @@ class Policy:
             bits=self.bits,
             group_size=self.group_size,
             num_clusters=self.num_clusters,
-            scales=self.scales,
+            scales=bool(self.scales),
             codebook_itemsize=(codebook_dtype or CODEBOOK_DTYPES[self.codebook_dtype]).itemsize,
             cap=self.cap_clusters,
             name=name,

@@ -27,8 +27,8 @@ class ClusCompQuantizationConfig(QuantizationConfigMixin):
             4 unless `group_size` and `num_clusters` are given.
         group_size (`int`, *optional*): g, weights per code, for every matrix; goes with `num_clusters`.
         num_clusters (`int`, *optional*): n, centroids per codebook.
-        scales (`bool`, *optional*): Store a scale per input and output channel. None: where they cost at most 0.05
-            bits per weight.
+        scales (`bool`, *optional*): Store a scale per input and output channel. None: where sensitivities
+            share out the bits and they cost at most 0.05; K-means of weights alone loses more with them.
         codebook_dtype (`str`): "float16", "bfloat16" or "float32", of codebooks and scales.
         seed (`int`): Of K-means.
         quality (`str`): Of K-means: "fast", "default" or "best".

@@ -88,7 +88,7 @@ class ClusCompConfig(PeftConfig):
         group_size (`int`, *optional*): Dense model: weights per code; with `num_clusters`, instead of `bits`.
         num_clusters (`int`, *optional*): Dense model: centroids, capped at the number of groups of a matrix, where
             clustering loses nothing.
-        scales (`bool`, *optional*): Dense model: store a scale per channel; None: where they cost little.
+        scales (`bool`, *optional*): Dense model: store a scale per channel; None: no.
         codebook_dtype (`str`): Dense model: "auto" is the dtype of the weight; else "float16", "bfloat16", "float32".
         seed (`int`): Dense model: of K-means.
         quality (`str`): Dense model: of K-means, "fast", "default" or "best".

@@ -31,7 +31,7 @@ def choose_spec(
     bits: float | None = None,
     group_size: int | None = None,
     num_clusters: int | None = None,
-    scales: bool | None = None,
+    scales: bool = False,
     codebook_itemsize: int = 2,
     cap: bool = False,
     name: str = "the matrix",
@@ -44,8 +44,7 @@ def choose_spec(
         bits (`float`, *optional*): Budget in true bits per weight, never exceeded.
         group_size (`int`, *optional*): g; goes with `num_clusters`, overrides `bits`.
         num_clusters (`int`, *optional*): n.
-        scales (`bool`, *optional*): Store a scale per input and per output channel. None: where they cost at most
-            0.05 bits per weight.
+        scales (`bool`): Store a scale per input and per output channel.
         codebook_itemsize (`int`): Bytes of a number in codebook and scales.
         name (`str`): What errors call the matrix.
         cap (`bool`): Take n = the number of groups where `num_clusters` is larger, instead of refusing.
@@ -54,10 +53,6 @@ def choose_spec(
         ValueError: If n exceeds the number of groups, or nothing fits the budget.
     """
     weights = in_features * out_features
-    scale_cost = 8 * codebook_itemsize * (in_features + out_features) / weights
-    optional = scales is None
-    if scales is None:
-        scales = scale_cost <= _SCALE_BITS
     if group_size is not None and num_clusters is not None:
         vectors = in_features * num_groups(out_features, group_size)
         if num_clusters > vectors:
@@ -89,10 +84,6 @@ def choose_spec(
             if best is None or expected < best[0]:
                 best = (expected, ClusterSpec(g, n, 1, scales, scales))
     if best is None:
-        if scales and optional:
-            return choose_spec(
-                in_features, out_features, bits=bits, scales=False, codebook_itemsize=codebook_itemsize, name=name
-            )
         raise ValueError(
             f"{name}: {out_features} x {in_features} cannot be stored in {bits} true bits per weight, its codebook "
             "alone costs too much. Raise bits or leave such matrices out with exclude_modules."
@@ -131,7 +122,9 @@ def allocate(
     Args:
         demands: By name.
         budget (`int`): Bytes of codes, codebooks and scales.
-        scales, codebook_itemsize: As in [`choose_spec`].
+        scales (`bool`, *optional*): Store a scale per input and per output channel. None: where they cost at most
+            0.05 bits per weight.
+        codebook_itemsize: As in [`choose_spec`].
 
     Raises:
         ValueError: If even the smallest candidates exceed the budget.

@@ -16,7 +16,7 @@ widths = st.one_of(st.integers(1, 40), st.integers(41, 6000))
     widths,
     widths,
     st.one_of(st.sampled_from([1, 1.5, 2, 3, 4, 8]), st.floats(1, 8)),
-    st.sampled_from([None, False, True]),
+    st.booleans(),
     st.sampled_from([2, 4]),
 )
 def test_the_budget_is_never_exceeded(in_features, out_features, bits, scales, itemsize):
@@ -26,10 +26,9 @@ def test_the_budget_is_never_exceeded(in_features, out_features, bits, scales, i
     except ValueError as error:
         assert f"{out_features} x {in_features} cannot be stored in {bits} true bits" in str(error)
         # Refused only if not even two centroids fit, with the scales where they were asked for.
-        wanted = bool(scales)
         for g in range(1, min(16, out_features) + 1):
             if in_features * num_groups(out_features, g) >= 2:
-                least = ClusterSpec(g, 2, scale_in=wanted, scale_out=wanted)
+                least = ClusterSpec(g, 2, scale_in=scales, scale_out=scales)
                 assert least.num_bytes(in_features, out_features, itemsize) > budget
         return
     assert spec.num_bytes(in_features, out_features, itemsize) <= budget
@@ -63,15 +62,21 @@ def test_a_small_matrix_gets_a_smaller_codebook():
     assert small.num_clusters * small.group_size < large.num_clusters * large.group_size
 
 
-def test_scales_are_stored_where_they_are_cheap():
-    assert choose_spec(4096, 4096, bits=4).scale_in
-    assert not choose_spec(64, 64, bits=4).scale_in
+def test_scales_are_stored_where_they_are_asked_for():
+    assert not choose_spec(4096, 4096, bits=4).scale_in
     assert choose_spec(64, 64, bits=4, scales=True).scale_out
-    assert not choose_spec(4096, 4096, bits=4, scales=False).scale_out
+    assert choose_spec(64, 64, group_size=4, num_clusters=64, scales=True).scale_in
+
+
+def test_where_bits_are_shared_out_scales_are_stored_if_they_are_cheap():
+    def scaled(inputs: int, outputs: int, itemsize: int = 2, **settings) -> bool:
+        demand = Demand(inputs, outputs, 1.0)
+        return allocate({"w": demand}, inputs * outputs // 2, codebook_itemsize=itemsize, **settings)["w"].scale_in
+
     # 8 · itemsize · (in + out) / (in · out) = 0.05 bits exactly.
-    assert choose_spec(640, 640, bits=4).scale_in
-    assert not choose_spec(640, 639, bits=4).scale_in
-    assert not choose_spec(640, 640, bits=4, codebook_itemsize=4).scale_in
+    assert scaled(640, 640)
+    assert not scaled(640, 639) and not scaled(640, 640, itemsize=4)
+    assert scaled(64, 64, scales=True) and not scaled(640, 640, scales=False)
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -82,11 +87,6 @@ def test_explicit_numbers_are_taken_as_they_are(scales):
 
 def test_explicit_numbers_override_bits():
     assert choose_spec(100, 50, bits=2, group_size=1, num_clusters=500, scales=False) == ClusterSpec(1, 500)
-
-
-def test_explicit_numbers_get_scales_where_they_are_cheap():
-    assert choose_spec(4096, 4096, group_size=4, num_clusters=64).scale_in
-    assert not choose_spec(64, 64, group_size=4, num_clusters=64).scale_in
 
 
 def test_too_many_clusters_are_refused_with_value_limit_and_cure():
