@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from tests import deprecations
 # Tiny tensors: a second thread costs more than it gives, and two workers share the machine.
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # whichever test comes first
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

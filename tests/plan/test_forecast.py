@@ -194,7 +194,7 @@ def test_tables_are_aligned_and_add_up(tmp_path, capsys):
     flags = ["--bits", "2", "--seqlen", "512", "--gpu-memory", "5GiB"]
     assert main(["plan", saved(tmp_path, config), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "7.370 B parameters" in lines[0] and "at 1.905 true bits" in lines[0]
+    assert "7.370 B parameters" in lines[0] and "at 1.902 true bits" in lines[0]
     assert "batch 1 x 512 tokens" in lines[1]
     first = lines.index("", 2) + 1 if lines[2] else 3
     table = lines[first : lines.index("", first)]
