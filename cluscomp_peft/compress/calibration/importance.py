@@ -2,8 +2,8 @@
 
 For a model that is in memory as a whole and is clustered matrix by matrix. An error in a weight moves an output by as
 much as the input is large, so K-means weighs it by E[x²]: the cheapest part of what calibration does. On
-SmolLM2-135M-Instruct at 4.1 bits, with codebooks in fp16, it loses 0.20 nats on WikiText-2 (8,000 tokens) where K-means
-without weights loses 0.56.
+SmolLM2-135M-Instruct at 4.1 bits, with codebooks in fp16, it loses 0.20 nats on WikiText-2 (8,000 tokens) where
+K-means without weights loses 0.56.
 """
 
 from __future__ import annotations
