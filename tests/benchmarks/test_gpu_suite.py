@@ -53,7 +53,8 @@ def test_the_ops_are_measured_and_right(suite, capsys):
     assert {row["tokens"] for row in rows if row["op"] == "linear"} == {1, 5, 16, 64, 512, 2048}
     assert all(row["call, µs"] > 0 and row["share"] > 0 and row["deviation"] < 1e-2 for row in rows)
     assert results["limits"]["bf16"] > 0 and results["settings"]["scale"] == 0.01
-    assert results["environment"]["torch"] == torch.__version__
+    # A wheel's metadata may leave out what the build adds to the version ("+cu130").
+    assert results["environment"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     # A block has q and o, k and v, and three of the same size.
     times = {tuple(row["matrix"]): row["call, µs"] for row in rows if (row["op"], row["tokens"]) == ("linear", 1)}
     (block,) = (block for block in results["blocks"] if (block["op"], block["tokens"]) == ("linear", 1))
