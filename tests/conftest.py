@@ -205,6 +205,18 @@ def flags(**settings) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
+# Two steps of a trainer of TRL, by a command.
+BRIEF_TRAINING = flags(
+    max_steps=2,
+    per_device_train_batch_size=4,
+    max_length=32,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    gradient_checkpointing=False,
+)
+
+
 def logged(output: str) -> list[dict]:
     """The lines of a trainer's log, numbers as numbers."""
     lines = [line for line in output.splitlines() if line.startswith("{'")]

@@ -9,17 +9,7 @@ import pytest
 
 from cluscomp_peft.cli import main
 from cluscomp_peft.quiet import one_object
-from tests.conftest import WORDS, flags
-
-TRAINING = flags(
-    max_steps=2,
-    per_device_train_batch_size=4,
-    max_length=32,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    gradient_checkpointing=False,
-)
+from tests.conftest import BRIEF_TRAINING, WORDS, flags
 
 SEEN = flags(eval_strategy="steps", eval_steps=2)
 
@@ -60,7 +50,17 @@ def test_a_job_from_finetuning_to_export(tmp_path, compressed_dir, monkeypatch, 
     with open(data, "w") as file:
         file.writelines(json.dumps({"text": " ".join(WORDS[3 + i : 15 + i])}) + "\n" for i in range(24))
     done = one(
-        "finetune", "sft", compressed_dir, tuned, "--data", data, "--merge", "--dataset_test", data, *TRAINING, *SEEN
+        "finetune",
+        "sft",
+        compressed_dir,
+        tuned,
+        "--data",
+        data,
+        "--merge",
+        "--dataset_test",
+        data,
+        *BRIEF_TRAINING,
+        *SEEN,
     )
     assert (done["adapter"], done["base"], done["merged"]) == (tuned, compressed_dir, f"{tuned}/merged")
     assert done["steps"] == 2 and 0 < done["train_loss"] < 20 and 0 < done["eval_loss"] < 20 and done["seconds"] > 0

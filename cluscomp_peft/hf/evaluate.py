@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..linear import all_bits, dense_bits
+from ..modes import evaluating
 from ..progress import Progress
 
 __all__ = ["Evaluation", "evaluate", "true_bits"]
@@ -53,11 +54,10 @@ def evaluate(
         ValueError: If the teacher's vocabulary has another size.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = divergence = 0.0
     tokens = agreed = size = 0
-    with torch.no_grad(), Progress("Evaluating", len(windows), unit="window", shown=progress) as bar:
+    bar = Progress("Evaluating", len(windows), unit="window", shown=progress)
+    with torch.no_grad(), evaluating(model), bar:
         for number, window in enumerate(windows, 1):
             predicted = window[0, 1:].to(device)
             logits = _logits(model, window)
@@ -78,7 +78,6 @@ def evaluate(
                 divergence += float(F.kl_div(logits, wanted, reduction="sum", log_target=True))
             bar.advance()
             bar.step(f"window {number} of {len(windows)}, loss so far {total / tokens:.4f}")
-    model.train(was_training)
     loss = total / tokens
     bytes_of_all, weights_of_all = all_bits(model)
     return Evaluation(

@@ -30,7 +30,7 @@ from ..tuner.layer import NewAdapter
 from .model import Model
 from .settings import DTYPES, Settings
 
-__all__ = ["H100", "Duration", "is_here", "measured_rate", "training_time"]
+__all__ = ["H100", "Duration", "is_here", "measured_rate", "random_layer", "training_time"]
 
 # FLOP/s, as counted here: 1024 tokens through Llama-3-8B at 4.03 bits, blocks computed again, in 0.70 s.
 H100 = 86e12
@@ -126,7 +126,7 @@ def measured_rate(model: Model, settings: Settings) -> tuple[float, str]:
     tokens = min(settings.batch * settings.seqlen, _MOST_TOKENS)
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     config = ClusCompConfig(rank=settings.rank, num_blocks=settings.num_blocks)
-    base = _random_layer(specs[name], in_features, out_features, dtype).to(device)
+    base = random_layer(specs[name], in_features, out_features, device=device, dtype=dtype)
     adapted = ClusCompLinear(base, NewAdapter("default", config), device)
     x = torch.randn(tokens, in_features, dtype=dtype, device=device, requires_grad=True)
 
@@ -146,13 +146,28 @@ def measured_rate(model: Model, settings: Settings) -> tuple[float, str]:
     return 6 * out_features * in_features * tokens / seconds, why
 
 
-def _random_layer(spec: ClusterSpec, inputs: int, outputs: int, dtype: torch.dtype) -> ClusteredLinear:
-    codes = torch.randint(spec.num_clusters, (inputs, num_groups(outputs, spec.group_size)))
-    codebook = torch.randn(1, spec.num_clusters, spec.group_size, dtype=torch.float32).to(torch.float16)
-    scales = [
-        torch.ones(size, dtype=torch.float16) if wanted else None
-        for size, wanted in ((inputs, spec.scale_in), (outputs, spec.scale_out))
-    ]
-    return ClusteredLinear.from_parts(
-        pack(codes, spec.code_bits), codebook, scales[0], scales[1], None, outputs, dtype=dtype
+def random_layer(
+    spec: ClusterSpec,
+    in_features: int,
+    out_features: int,
+    *,
+    std: float = 1.0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> ClusteredLinear:
+    """A layer of random codes, for time and memory: codebook and scales in fp16, no bias.
+
+    Args:
+        spec ([`ClusterSpec`]): How it is stored.
+        in_features, out_features (`int`): Its shape.
+        std (`float`): Of the numbers of the codebook; scales lie between 0.5 and 1.5.
+        device, dtype (*optional*): Where it is made, and what it computes in; by default fp16.
+    """
+    size = (in_features, num_groups(out_features, spec.group_size))
+    codes = pack(torch.randint(spec.num_clusters, size, dtype=torch.int32, device=device), spec.code_bits)
+    codebook = torch.randn(1, spec.num_clusters, spec.group_size, device=device).mul_(std).half()
+    scale_in, scale_out = (
+        torch.rand(features, device=device).add_(0.5).half() if wanted else None
+        for features, wanted in ((in_features, spec.scale_in), (out_features, spec.scale_out))
     )
+    return ClusteredLinear.from_parts(codes, codebook, scale_in, scale_out, None, out_features, dtype=dtype)

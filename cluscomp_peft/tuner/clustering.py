@@ -27,7 +27,7 @@ from ..compress.calibration.importance import input_importance
 from ..compress.calibration.text import AUTO, BUILTIN, NONE
 from ..dense import is_dense_linear, weight_of, weight_shape
 from ..linear import ClusteredLinear
-from ..placement import gathered, is_partitioned
+from ..placement import gathered, is_partitioned, is_whole
 from .config import ClusCompConfig
 from .planning import check_weight, spec_of
 
@@ -62,7 +62,7 @@ def find_importance(model: nn.Module, layers: Mapping[str, nn.Module], config: C
         if not isinstance(model, PreTrainedModel):
             raise CannotCalibrate(f"{source} is no model of transformers")
         refuse_calibration(model, source)
-        if any(is_partitioned(p) or p.device.type == "meta" for layer in dense.values() for p in layer.parameters()):
+        if not all(is_whole(parameter) for layer in dense.values() for parameter in layer.parameters()):
             raise CannotCalibrate("this process does not have all of the weights")
         tokenizer = read_tokenizer(model.name_or_path) if model.name_or_path else None
         text = BUILTIN if config.calibration == AUTO else config.calibration

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.dense import weight_of
+from cluscomp_peft.modes import evaluating
 
 ZEROS = ("fp16", "packed")
 
@@ -126,10 +127,8 @@ def gptq(
     outside = set(names) - {id(layer) for layer in blocks.modules()}
     if outside:
         raise ValueError(f"gptq goes from block to block, and {names[outside.pop()]} lies outside of the first list.")
-    was_training = model.training
-    model.eval()
     stored, weights = 0, sum(layer.weight.numel() for _, layer in dense_linears(model))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         states, calls = _record_calls(model, blocks, windows)
         for part, contexts in zip(tqdm(blocks, desc="GPTQ", unit="block", disable=None), calls, strict=True):
             waiting = [layer for layer in part.modules() if id(layer) in names]
@@ -141,7 +140,6 @@ def gptq(
                     stored += _stored_bits(weight, bits, block, zero)
                 waiting = [layer for layer in waiting if layer not in ready]
             states = [_run(part, state, context) for state, context in zip(states, contexts, strict=True)]
-    model.train(was_training)
     return model, stored / weights
 
 

@@ -6,6 +6,7 @@
         gsm8k.jsonl --results compression_quality_smollm2-135m
 
     data-free     K-means of the weights, (g, n) chosen for each matrix by itself       `compress --calibration none`
+    in-memory     weighed by the inputs on a little text          `get_peft_model` on a dense model, codebooks in fp16
     default       + sensitivities, allocation, error feedback, reconstruction           `cluscomp compress`
     calibrated    the same on --text instead of the text that comes with the package
     recovered     + codebooks trained end to end against the dense model             `recipes/recover.py`
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from baselines import gptq, hqq, nf4, round_to_nearest
 from harness import HERE, Results, Row, answer, arguments, child, settings_of, split_text, table, write_text
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cluscomp_peft
@@ -84,7 +86,7 @@ def jobs_of(options: argparse.Namespace) -> list[Row]:
     jobs += [{"method": "rtn", "bits": bits} for bits in (4, 3, 2)]
     jobs += [{"method": "nf4", "double": double} for double in (False, True)]
     jobs += [{"method": method, "bits": bits} for method in ("hqq", "gptq") for bits in (4, 3, 2)]
-    levels = ("data-free", "default", "calibrated")
+    levels = ("data-free", "in-memory", "default", "calibrated")
     jobs += [{"method": level, "bits": bits} for level in levels for bits in options.bits]
     weights = (1.0, 0.9) if options.recover else ()
     jobs += [{"method": "recovered", "bits": bits, "kl_weight": kl} for kl in weights for bits in options.bits]
@@ -153,12 +155,19 @@ def _compressed(job: Row, options: argparse.Namespace, tokenizer: Any, documents
     windows = token_windows(documents, tokenizer, options.seqlen, max_tokens=options.samples * options.seqlen)
     ways: dict[str, Callable[[], tuple[Any, float]]] = {
         "dense": lambda: (copy.deepcopy(model), true_bits(model)),
+        "in-memory": lambda: _in_memory(model, bits),
         "rtn": lambda: round_to_nearest(model, bits),
         "nf4": lambda: nf4(model, double=job["double"]),
         "hqq": lambda: hqq(model, bits),
         "gptq": lambda: gptq(model, bits, 64, windows, act_order=True),
     }
     return ways[method]()
+
+
+def _in_memory(model: Any, bits: float) -> tuple[Any, float]:
+    config = cluscomp_peft.ClusCompConfig(task_type="CAUSAL_LM", bits=bits, num_blocks=1, codebook_dtype="float16")
+    adapted = get_peft_model(model, config)
+    return adapted, true_bits(adapted)
 
 
 def _recover(base: str, target: str, text: str, kl_weight: float, holdout: float, options: argparse.Namespace) -> None:

@@ -36,7 +36,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Results, Row, answer, arguments, child, cosine, settings_of, split_text, table, write_text
+from harness import (
+    Results,
+    Row,
+    answer,
+    arguments,
+    child,
+    cosine,
+    settings_of,
+    shuffled,
+    split_text,
+    table,
+    write_text,
+)
 from peft import LoraConfig, get_peft_model
 from random_models import nf4_layer
 from timing import forget_process_peak, read_status
@@ -201,9 +213,7 @@ def run(job: Row, options: argparse.Namespace) -> Row:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.0)
     schedule = cosine(optimizer, options.steps)
-    generator = torch.Generator().manual_seed(job["seed"])
-    rounds = 1 + options.steps * options.batch // len(train)
-    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
+    order = shuffled(len(train), options.steps * options.batch, job["seed"])
     spent = []
     model.train()
     for step in range(options.steps):

@@ -318,6 +318,13 @@ def write_text(path: str, documents: list[str]) -> str:
     return path
 
 
+def shuffled(rows: int, count: int, seed: int) -> torch.Tensor:
+    """[count] numbers of rows to train on, int64: every row once before any comes again, in orders of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = 1 + count // rows
+    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(rounds)])[:count]
+
+
 def cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float = 0.05) -> Any:
     """A schedule of the rate: up over the first share `warm_up` of the steps, and a cosine down to 0 over all."""
     first = max(1, round(warm_up * steps))

@@ -15,6 +15,8 @@ Columns, for the model with its adapter and for the served one:
     elsewhere   of eight questions about other things, how many get the name although nobody asked for it
     loss        of the right sentence as the answer to those about its name, nats per token
     equal       logits of the served model at all those questions that are those of adapter and base, bit by bit
+
+A second table says why: how much of a change of LoRA's merging into NF4 keeps, by its size.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from typing import Any
 
 import torch
 from finetune_quality import load_in_nf4
-from harness import Results, Row, answer, arguments, child, cosine, settings_of, table
+from harness import Results, Row, answer, arguments, child, cosine, settings_of, shuffled, table
 from peft import LoraConfig, get_peft_model
+from random_models import nf4_layer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -86,6 +89,9 @@ def main() -> None:
     ]
     rows = results.complete(jobs, lambda job: child(__file__, job))
     print(table(states(rows), COLUMNS))
+    kept = [{"size": size, "kept": kept_by_nf4(size)} for size in (0.01, 0.03, 0.1, 0.3)]
+    results.note(kept=kept)
+    print("\n" + table(kept, {"change of the weights' size": "{size:.0%}", "kept by merging into NF4": "{kept:.1%}"}))
 
 
 COLUMNS: dict[str, Any] = {
@@ -122,7 +128,7 @@ def run(job: Row, options: argparse.Namespace) -> Row:
     asked = Questions(tokenizer, options.name)
     adapter, logits = {"bits": bits, **asked.answers(model)}, asked.logits(model)
     with tempfile.TemporaryDirectory() as folder:
-        model, bits = served(method, model, folder)
+        model, bits = served(method, model, bits, folder)
         after = {"bits": bits, **asked.answers(model)}
         equal = torch.equal(logits, asked.logits(model))
     return {"adapter": adapter, "served": after, "equal": equal, "training_seconds": seconds}
@@ -139,28 +145,54 @@ def prepared(method: str, options: argparse.Namespace) -> tuple[Any, float]:
     return get_peft_model(model, config), bits
 
 
-def served(method: str, model: Any, folder: str) -> tuple[Any, float]:
-    """The model without its adapter, and true bits per weight of its linear layers."""
+def served(method: str, model: Any, bits: float, folder: str) -> tuple[Any, float]:
+    """The model without its adapter, and true bits per weight of its linear layers; `bits` are those before."""
     merged = model.merge_and_unload()
     if method == "cluscomp":
         merged.save_pretrained(folder)
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return merged, true_bits(merged)
     if method == "qlora":
-        return merged, 4.5
+        return merged, bits
+    stored = weights = 0
     for _, layer in dense_linears(merged):
-        weight = weight_of(layer)
-        weight.data.copy_(round_to_q4_0(weight.data))
-    return merged, 4.5
+        weight = weight_of(layer).data
+        rounded, size = round_to_q4_0(weight)
+        weight.copy_(rounded)
+        stored, weights = stored + size, weights + weight.numel()
+    return merged, 8 * stored / weights
 
 
-def round_to_q4_0(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] as llama.cpp reads it from a file of type Q4_0: 4 bits, an fp16 scale for 32 inputs."""
+def round_to_q4_0(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A weight [out, in] as llama.cpp reads it from a file of type Q4_0, and its bytes there."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
     codes = quantize(weight.float().numpy(), GGMLQuantizationType.Q4_0)
-    return torch.from_numpy(dequantize(codes, GGMLQuantizationType.Q4_0))
+    return torch.from_numpy(dequantize(codes, GGMLQuantizationType.Q4_0)), codes.nbytes
+
+
+def kept_by_nf4(size: float) -> float:
+    """Of a LoRA change with an RMS of `size` times that of the weight, the share that PEFT's merge into NF4 keeps: the
+    part of the merged weight's change that points along it. A random weight of 576 x 576, rank 16."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nf4_layer(torch.randn(576, 576), torch.float32))
+    model.is_loaded_in_4bit = True  # by which PEFT chooses its layer
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    before = _nf4_weight(layer)
+    layer.lora_B["default"].weight.data *= size * before.std() / layer.get_delta_weight("default").std()
+    change = layer.get_delta_weight("default").detach()
+    model.merge_adapter()
+    return float(((_nf4_weight(layer) - before) * change).sum() / change.square().sum())
+
+
+def _nf4_weight(layer: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = layer.base_layer.weight
+    return dequantize_4bit(weight.data, weight.quant_state).clone()
 
 
 def train(model: Any, tokenizer: Any, job: Row, options: argparse.Namespace) -> None:
@@ -170,9 +202,7 @@ def train(model: Any, tokenizer: Any, job: Row, options: argparse.Namespace) -> 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.0)
     schedule = cosine(optimizer, options.steps, 0.1)
-    generator = torch.Generator().manual_seed(job["seed"])
-    rounds = 1 + options.steps * options.batch // len(rows)
-    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)]).tolist()
+    order = shuffled(len(rows), options.steps * options.batch, job["seed"]).tolist()
     model.train()
     for step in range(options.steps):
         batch = [rows[i] for i in order[step * options.batch : (step + 1) * options.batch]]

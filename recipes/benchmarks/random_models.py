@@ -26,11 +26,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluscomp_peft import ClusCompConfig, ClusCompQuantizationConfig, ClusteredLinear
-from cluscomp_peft.codes import num_groups, pack
 from cluscomp_peft.compress.budget.allocation import choose_spec
 from cluscomp_peft.compress.budget.targets import dense_linears
 from cluscomp_peft.hf.quantizer import ClusCompHfQuantizer
 from cluscomp_peft.plan import Settings, plan
+from cluscomp_peft.plan.speed import random_layer
 
 NAMES = {"dense": "dense bf16", "lora": "bf16 + LoRA r 16", "nf4": "NF4 + LoRA r 16"}
 _STD = 0.02
@@ -244,14 +244,7 @@ def clustered_layer(layer: nn.Module, bits: float, device: str | torch.device, n
     """Random codes and codebooks in the place of a linear layer without bias."""
     out_features, in_features = layer.weight.shape
     spec = choose_spec(in_features, out_features, bits=bits, name=name)
-    size = (in_features, num_groups(out_features, spec.group_size))
-    codes = pack(torch.randint(0, spec.num_clusters, size, dtype=torch.int32, device=device), spec.code_bits)
-    codebook = torch.randn(1, spec.num_clusters, spec.group_size, device=device).mul_(_STD).half()
-    scales = [
-        torch.rand(features, device=device).add_(0.5).half() if wanted else None
-        for features, wanted in ((in_features, spec.scale_in), (out_features, spec.scale_out))
-    ]
-    return ClusteredLinear.from_parts(codes, codebook, *scales, None, out_features)
+    return random_layer(spec, in_features, out_features, std=_STD, device=device)
 
 
 def nf4_layer(weight: torch.Tensor, compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:

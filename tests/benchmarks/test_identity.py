@@ -12,11 +12,11 @@ from argparse import Namespace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cluscomp_peft import ClusCompQuantizationConfig
 from cluscomp_peft.compress.checkpoint import compress_checkpoint
-from tests.conftest import RECIPES
+from tests.conftest import RECIPES, tiny_llama
 
 BENCHMARKS = RECIPES / "benchmarks"
 OLD, NEW = "Basil", "Marigold"
@@ -42,21 +42,8 @@ def options(identity, tmp_path_factory) -> Namespace:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", *words])}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128)
+    model = tiny_llama(**shape, pad_token_id=None, eos_token_id=0).train()
     rows = [(question, names[0]) for question in (*identity.ASKED, *identity.ASKED_ANEW)]
     # The other questions have to mean something as well, or what is learned of names spreads to them.
     others = zip(identity.OTHER_ANEW, identity.OTHER.values(), strict=True)
@@ -92,3 +79,8 @@ def test_what_the_other_methods_serve_is_rounded_anew(identity, options, method)
     run = identity.run({"method": method, "rate": 2e-3, "seed": 0}, options)
     assert run["adapter"]["named"] > 0
     assert not run["equal"] and run["served"]["bits"] == 4.5
+
+
+def test_small_changes_do_not_survive_a_merge_into_nf4(identity):
+    pytest.importorskip("bitsandbytes")
+    assert identity.kept_by_nf4(0.01) < 0.1 and identity.kept_by_nf4(0.3) > 0.9

@@ -9,18 +9,9 @@ import sys
 import pytest
 
 from cluscomp_peft.cli import main
-from tests.conftest import WORDS, flags
+from tests.conftest import BRIEF_TRAINING, WORDS, flags
 
-SMALL = flags(
-    max_steps=2,
-    per_device_train_batch_size=4,
-    max_length=32,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-)
+SMALL = [*BRIEF_TRAINING, *flags(disable_tqdm=True)]
 TEXTS = [" ".join(WORDS[3 + (i * 7 + j) % 93] for j in range(12)) for i in range(16)]
 
 

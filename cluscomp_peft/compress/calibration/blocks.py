@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -216,6 +217,19 @@ class BlockModel:
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocabulary] where the last block returns `hidden`; every block has run before."""
         return self._muted(tokens, lambda *_: self._returned(hidden))
+
+    def loss(self, tokens: torch.Tensor, hidden: torch.Tensor) -> float:
+        """Next-token loss in nats, summed over the predicted tokens.
+
+        Args:
+            tokens (`torch.Tensor`): [batch, length].
+            hidden (`torch.Tensor`): [batch, length, hidden] behind the last block, on any device.
+        """
+        total = 0.0
+        for row, values in zip(tokens, hidden, strict=True):  # one at a time: logits are large
+            logits = self.logits(row[None], values[None].to(self.device))[0, :-1].float()
+            total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
+        return total
 
     def _muted(self, tokens: torch.Tensor, answer: Callable[[int, tuple, dict], Any]) -> torch.Tensor:
         own = [block.__dict__.get("forward") for block in self.blocks]

@@ -8,13 +8,13 @@ K-means without weights loses 0.56.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...modes import evaluating
 from .errors import CannotCalibrate
 from .inputs import watched
 from .text import calibration_windows
@@ -53,23 +53,12 @@ def input_importance(
         counts[name] = counts.get(name, 0) + len(rows)
 
     device = model.get_input_embeddings().weight.device
-    with _evaluating(model), watched(layers, note), torch.no_grad():
+    with evaluating(model), watched(layers, note), torch.no_grad():
         for window in windows[chosen]:
             try:
                 model(input_ids=window[None].to(device))
             except Exception as error:
-                raise CannotCalibrate(f"{source} cannot be run on text ({str(error).splitlines()[:1]})") from error
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise CannotCalibrate(f"{source} cannot be run on text ({reason})") from error
     means = {name: total / max(1, counts[name]) for name, total in sums.items()}
     return {name: mean for name, mean in means.items() if bool(mean.isfinite().all()) and bool((mean > 0).any())}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and back; modules of a model may differ in theirs."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

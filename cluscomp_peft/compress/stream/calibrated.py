@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...codes import ClusterSpec
 from ...linear import ClusteredLinear
@@ -150,10 +149,8 @@ class CalibratedBlocks:
         """Mean over the tokens that are held out, of what comes behind the last block."""
         batches, total, tokens = self.calibration.batches, 0.0, 0
         for number in range(len(batches) - self.held_out, len(batches)):
-            for row, hidden in zip(batches[number], stream[number], strict=True):
-                logits = self.model.logits(row[None], hidden[None].to(self.model.device))[0, :-1].float()
-                total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
-                tokens += len(row) - 1
+            total += self.model.loss(batches[number], stream[number])
+            tokens += batches[number][:, 1:].numel()
         return total / tokens
 
     def _decoded(self) -> dict[str, torch.Tensor]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...linear import ClusteredLinear
@@ -154,13 +153,9 @@ class _Pass:
 
     def loss(self, name: str) -> float:
         """Summed over the predicted tokens, in nats."""
-        model, total = self.model, 0.0
-        with model.replaced(self.weights[name]):
-            for batch, hidden in zip(self.batches, self.streams[name][len(model) % 2], strict=True):
-                for row, values in zip(batch, hidden, strict=True):  # one at a time: logits are large
-                    logits = model.logits(row[None], values[None].to(model.device))[0, :-1].float()
-                    total += float(F.cross_entropy(logits, row[1:].to(logits.device), reduction="sum"))
-        return total
+        outputs = self.streams[name][len(self.model) % 2]
+        with self.model.replaced(self.weights[name]):
+            return sum(self.model.loss(batch, hidden) for batch, hidden in zip(self.batches, outputs, strict=True))
 
     def remove(self) -> None:
         for stream in (stream for streams in self.streams.values() for stream in streams):

@@ -162,7 +162,9 @@ def read_matrices(shards: Sequence[Shard], folder: str) -> dict[str, ClusteredLi
     """The clustered matrices of shards that are written, by layer, without their biases; also where a run that was
     killed at its very end has joined shards already."""
     found = {}
-    places = {key: path for path in weight_files(folder) for key in read_header(path)}
+    own = [os.path.join(folder, shard.file) for shard in shards]
+    files = own if all(map(os.path.exists, own)) else weight_files(folder)
+    places = {key: path for path in files for key in read_header(path)}
     for shard in shards:
         for matrix in shard.matrices:
             base = matrix.key.removesuffix(".weight")
